@@ -1,0 +1,196 @@
+// The activation functions and their first two derivatives, for host and device.
+//
+// Every function is branch-free, so that a loop over it vectorises. P is the precision (Half,
+// Single, Double of coefficients.h) in which the result is needed.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define GN_INLINE __host__ __device__ __forceinline__
+#else
+#define GN_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace gn_kernels {
+
+template <class T>
+GN_INLINE T horner(T, T c) {
+  return c;
+}
+
+template <class T, class... Rest>
+GN_INLINE T horner(T x, T c, Rest... rest) {
+  return c + x * horner(x, rest...);
+}
+
+}  // namespace gn_kernels
+
+#include "coefficients.h"
+
+namespace gn_kernels {
+
+// Every kind: its struct here and its name in Python.
+#define GN_KERNELS_ACTIVATIONS(ROW) \
+  ROW(Gelu, "gelu")                 \
+  ROW(GeluTanh, "gelu_tanh")        \
+  ROW(Silu, "silu")                 \
+  ROW(QuickGelu, "quick_gelu")
+
+// An activation at one point: f(x), f'(x), f''(x). What the caller leaves unread is not computed.
+template <class T>
+struct Jet {
+  T f, d1, d2;
+};
+
+// Numbers that belong to an IEEE format.
+template <class T>
+struct Format;
+
+template <>
+struct Format<float> {
+  using Bits = std::uint32_t;
+  static constexpr int mantissa = 23;
+  static constexpr float shifter = 0x1.8p23f + 127;  // + y: the integer next to y in the last bits,
+                                                     // the exponent's bias added to it
+  static constexpr float max = 0x1.fffffep127f;
+  static constexpr float ln2_high = 0x1.63p-1f;  // of few bits: n * ln2_high is exact
+  static constexpr float ln2_low = -0x1.bd0106p-13f;
+  static constexpr float log_zero = 88.03f;  // 127 ln 2: Exp is 0 at its negative,
+  static constexpr float log_inf = 88.72f;   // 128 ln 2: and infinite here
+};
+
+template <>
+struct Format<double> {
+  using Bits = std::uint64_t;
+  static constexpr int mantissa = 52;
+  static constexpr double shifter = 0x1.8p52 + 1023;
+  static constexpr double max = 0x1.fffffffffffffp1023;
+  static constexpr double ln2_high = 0x1.62e42feep-1;
+  static constexpr double ln2_low = 0x1.a39ef35793c76p-33;
+  static constexpr double log_zero = 709.09;
+  static constexpr double log_inf = 709.78;
+};
+
+template <class To, class From>
+GN_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// exp(y) for -log_zero <= y <= log_inf: 2^n exp(r), y = n ln 2 + r. At the ends 2^n is 0 and inf.
+template <class P, class T = typename P::real>
+GN_INLINE T exp(T y) {
+  using F = Format<T>;
+  const T shifted = y * T(1.44269504088896340736) + F::shifter;
+  const T n = shifted - F::shifter;
+  const T r = (y - n * F::ln2_high) - n * F::ln2_low;
+  const T power = bit_cast<T>(bit_cast<typename F::Bits>(shifted) << F::mantissa);
+  return P::exp(r) * power;
+}
+
+// exp(y) for y <= 0; 0 where it is no normal number.
+template <class P, class T = typename P::real>
+GN_INLINE T exp_negative(T y) {
+  constexpr T low = -Format<T>::log_zero;
+  return exp<P>(y < low ? low : y);
+}
+
+// Where an activation and its derivatives have reached their limits; NaN stays NaN.
+template <class T>
+struct Range {
+  T low, high;
+  GN_INLINE T at_least_low(T x) const { return x < low ? low : x; }
+  GN_INLINE T at_most_high(T x) const { return x > high ? high : x; }
+};
+
+// x Phi(x), Phi the normal distribution function, phi its density:
+//   f' = Phi + x phi,  f'' = (2 - x^2) phi.
+struct Gelu {
+  template <class T>
+  static constexpr Range<T> range = sizeof(T) == 4 ? Range<T>{T(-13.2687), T(13.2687)}
+                                                   : Range<T>{T(-37.6587), T(37.6587)};
+
+  template <class P, class T = typename P::real>
+  GN_INLINE static Jet<T> jet(T x) {
+    constexpr T one_over_sqrt_2pi = T(0.398942280401432677940);
+    const T above = range<T>.at_least_low(x);
+    const T z = range<T>.at_most_high(above);
+    const T s = z * z;
+    const T e = exp<P>(T(-0.5) * s);
+    const T tail = e * P::mills(std::fabs(z));  // Phi(-|x|), with relative accuracy
+    T cdf = z < 0 ? tail : 1 - tail;
+    if constexpr (P::has_centre) cdf = s < 1 ? T(0.5) + z * P::centre(s) : cdf;
+    const T pdf = e * one_over_sqrt_2pi;
+    return {above * cdf, cdf + z * pdf, (2 - s) * pdf};
+  }
+};
+
+// x sigma(g), sigma the logistic function, g an odd function of x with derivatives dg and ddg:
+//   f' = sigma (1 + x dg (1 - sigma)),
+//   f'' = sigma (1 - sigma) (2 dg + x ddg + x dg^2 (1 - 2 sigma)).
+// With e = exp(-g) there is no cancellation in sigma = 1 / (1 + e), in 1 - sigma = e sigma, nor in
+// 1 - 2 sigma = (e - 1) sigma.
+template <class Gate>
+struct Gated {
+  template <class P, class T = typename P::real>
+  GN_INLINE static Jet<T> jet(T x) {
+    constexpr Range<T> range = Gate::template range<T>;
+    const T above = range.at_least_low(x);
+    const T z = range.at_most_high(above);
+    const auto [g, dg, ddg] = Gate::template gate<T>(z);
+    const T e = exp<P>(-g);
+    const T sigma = 1 / (1 + e);
+    const T finite = e > Format<T>::max ? Format<T>::max : e;
+    const T rest = finite * sigma;
+    const T slope = z * dg;
+    return {
+        above / (1 + e),
+        sigma + sigma * (slope * rest),
+        sigma * rest * (2 * dg + z * ddg + slope * dg * ((finite - 1) * sigma)),
+    };
+  }
+};
+
+// 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), by (1 + tanh(g / 2)) / 2 = sigma(g).
+struct GeluTanh : Gated<GeluTanh> {
+  template <class T>
+  static constexpr Range<T> range = sizeof(T) == 4 ? Range<T>{T(-10.061), T(10.031)}
+                                                   : Range<T>{T(-21.1598), T(21.1527)};
+
+  template <class T>
+  GN_INLINE static Jet<T> gate(T x) {
+    constexpr T a = T(1.59576912160573071176);  // 2 sqrt(2 / pi)
+    constexpr T b = a * T(0.044715);
+    const T s = x * x;
+    return {x * (a + b * s), a + 3 * b * s, 6 * b * x};
+  }
+};
+
+struct Silu : Gated<Silu> {
+  template <class T>
+  static constexpr Range<T> range = {-Format<T>::log_inf, Format<T>::log_zero};
+
+  template <class T>
+  GN_INLINE static Jet<T> gate(T x) {
+    return {x, T(1), T(0)};
+  }
+};
+
+// x sigma(1.702 x).
+struct QuickGelu : Gated<QuickGelu> {
+  template <class T>
+  static constexpr Range<T> range = {-Format<T>::log_inf / T(1.702),
+                                     Format<T>::log_zero / T(1.702)};
+
+  template <class T>
+  GN_INLINE static Jet<T> gate(T x) {
+    constexpr T a = T(1.702);
+    return {a * x, a, T(0)};
+  }
+};
+
+}  // namespace gn_kernels

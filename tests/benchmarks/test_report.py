@@ -1,0 +1,51 @@
+"""The page and its figures from the rows of CSV files."""
+
+import pytest
+
+from benchmarks import common, report
+
+
+@pytest.fixture
+def results(tmp_path):
+    where = common.environment("python -m benchmarks.operations")
+    rows = [
+        {
+            "operation": "gelu",
+            "dimensions": "8×16",
+            "dtype": "float32",
+            "order": order,
+            "provider": provider,
+            "median_ms": ms,
+            "p20_ms": ms * 0.9,
+            "p80_ms": ms * 1.1,
+            "speedup": 8.0 / ms,
+            "versus_copy": ms,
+            "error": "",
+            "note": "",
+        }
+        | where
+        for order in ("forward", "double backward", "cycle")
+        for provider, ms in (("gn_kernels", 2.0), ("eager", 8.0), ("inductor, formula", 1.0))
+    ]
+    common.write("operations", rows, tmp_path)
+    return tmp_path
+
+
+def test_the_page_marks_names_and_confesses(results):
+    page = report.render(results)
+    assert "One operation (measured)" in page
+    assert "python -m benchmarks.operations" in page
+    assert "1/2.00 of the time" in page  # Inductor is faster here, and the page says so
+    assert page == report.render(results)
+
+
+def test_figures_are_drawn_and_stay_the_same(results):
+    report.draw(results)
+    first = (results / "operations.svg").read_bytes()
+    report.draw(results)
+    assert (results / "operations.svg").read_bytes() == first
+    assert (results / "operations.png").stat().st_size > 1000
+
+
+def test_the_page_in_the_repository_is_what_the_files_give():
+    assert report.README.read_text() == report.render(common.RESULTS)

@@ -1,0 +1,79 @@
+"""The training steps that are compared, and the count of whole models."""
+
+import pytest
+import torch
+
+from benchmarks import step_cost
+from benchmarks.counting import MACHINES
+from benchmarks.step_cost import METHODS, NATURAL, Method, Size
+
+EAGER = next(method for method in METHODS if method.name == "gradient-norm, eager")
+H100 = next(machine for machine in MACHINES if machine.name == "H100")
+TINY = Size(width=64, blocks=1, pixels=32, batch=2, rounds=2)
+
+
+def test_two_blocks_of_a_vit_cost_what_was_counted_before():
+    # An independent count of these two steps: 7.0 GB and 104 calls; 31.5 GB and 602 calls, 3.84
+    # natural steps on a model in which matrix products take the time of their FLOP.
+    natural = step_cost.count(NATURAL, "vit_base_patch16_224", depth=2).counter
+    penalised = step_cost.count(EAGER, "vit_base_patch16_224", depth=2).counter
+    assert len(natural.ops) == 104
+    assert natural.bytes == pytest.approx(7.0e9, rel=0.01)
+    assert len(penalised.ops) == pytest.approx(602, rel=0.02)
+    assert penalised.bytes == pytest.approx(31.5e9, rel=0.01)
+    ratio = penalised.seconds_without_product_bytes(H100)
+    ratio /= natural.seconds_without_product_bytes(H100)
+    assert ratio == pytest.approx(3.84, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "natural", "penalised"),
+    [
+        ("vit_base_patch16_224", (41e9, 534), (177e9, 3022)),
+        # that count took the allocations of DropPath for calls: 46 in a step
+        ("swin_base_patch4_window7_224", (76e9, 1641), (300e9, 7072)),
+    ],
+)
+def test_whole_models_cost_what_was_counted_before(model, natural, penalised):
+    for method, (moved, calls) in ((NATURAL, natural), (EAGER, penalised)):
+        counter = step_cost.count(method, model).counter
+        assert counter.bytes == pytest.approx(moved, rel=0.02)
+        assert len(counter.ops) == pytest.approx(calls, rel=0.03)
+
+
+def test_methods_agree_where_they_should():
+    methods = [method for method in METHODS if "gn_kernels" not in method.name]
+    steps = step_cost.make_steps(TINY, "gelu", methods, with_compile=False, device="cpu")
+    assert step_cost.check_steps(steps) == {}
+
+
+def test_a_penalty_that_is_dropped_is_red_and_gets_no_time(monkeypatch):
+    dropped = Method("gradient-norm, gn_kernels", step_cost.natural, step_cost.use_math_attention)
+    monkeypatch.setattr(step_cost, "METHODS", (NATURAL, EAGER, dropped))
+    *right, wrong = step_cost.measure(TINY, ["gelu"], with_compile=False, device="cpu")
+    assert all(row["median_ms"] > 0 and not row["error"] for row in right)
+    assert "differ" in wrong["error"]
+    assert "median_ms" not in wrong
+
+
+def test_an_attack_stays_in_its_ball_and_moves():
+    images = torch.rand(2, 3, 32, 32)
+    start = step_cost._start(images)
+    moved = step_cost._attack_step(images, start.requires_grad_(), torch.ones_like(images))
+    assert float((moved - images).abs().max()) <= 4 / 255 + 1e-6
+    assert float(moved.min()) >= 0
+    assert float(moved.max()) <= 1
+    assert not torch.equal(moved, start)
+
+
+def test_a_method_that_raises_is_a_row_with_its_error():
+    def fail(model, images, labels):
+        raise RuntimeError("no second derivative")
+
+    rows = step_cost.count_rows(
+        ["vit_tiny_patch16_224"], [NATURAL, Method("broken", fail, lambda model: None)], batch=1
+    )
+    assert rows[0]["calls"] > 0
+    assert "no second derivative" in rows[1]["error"]
+    assert "calls" not in rows[1]
