@@ -182,7 +182,7 @@ def _providers(
 
 # -- Penalty -------------------------------------------------------------------------------------
 
-_STEPS = [2.0**-i for i in range(15)]  # of the finite differences, in pixels
+_STEPS = [2.0**-i for i in range(21)]  # of the finite differences, in pixels
 
 
 def small_vit() -> nn.Module:
@@ -273,7 +273,7 @@ def penalty_rows(samples: int) -> Iterator[Row]:
             yield (
                 about
                 | {"provider": "finite differences, eager", "relative": best}
-                | {"note": f"best of steps 1 to 2^-14: {step:g}"}
+                | {"note": f"best of steps 1 to 2^-20: {step:g}"}
             )
 
 

@@ -216,12 +216,13 @@ def _read_cubin(cubin: bytes) -> tuple[tuple[int, int, int], list[Instruction]]:
             guard, name, operands = parts.groups()
             operation = name.split(".")[0]
             target = re.search(r"`\((\S+)\)", operands) if operation == "BRA" else None
-            leaves = operation in ("BRA", "EXIT", "RET")
+            # A condition is a guard in front or an operand before the label.
+            always = guard is None and (target is None or operands.lstrip().startswith("`"))
             code.append(
                 Instruction(
                     labels,
                     target[1] if target else None,
-                    falls_through=not leaves or guard is not None,
+                    falls_through=operation not in ("BRA", "EXIT", "RET") or not always,
                     ends=operation == "EXIT",
                     access=_sass_access(operation, name),
                 )

@@ -99,58 +99,53 @@ GN_INLINE T exp_negative(T y) {
   return exp<P>(y < low ? low : y);
 }
 
-// Where an activation and its derivatives have reached their limits; NaN stays NaN.
-template <class T>
-struct Range {
-  T low, high;
-  GN_INLINE T at_least_low(T x) const { return x < low ? low : x; }
-  GN_INLINE T at_most_high(T x) const { return x > high ? high : x; }
-};
+// An activation at x from its left half. For every kind f(x) - f(-x) = x, so that
+//   f(x) = x + f(-x),  f'(x) = 1 - f'(-x),  f''(x) = f''(-x),
+// and Activation::left(a) gives f, f', f'' at -a, a >= 0, where f and f' fall to zero and are
+// computed without cancellation. At a = bound they are zero.
+template <class Activation, class P, class T = typename P::real>
+GN_INLINE Jet<T> jet(T x) {
+  constexpr T bound = Activation::template bound<T>;
+  const T magnitude = std::fabs(x);
+  const T a = magnitude > bound ? bound : magnitude;  // NaN stays NaN
+  const Jet<T> left = Activation::template left<P>(a);
+  return {(x < 0 ? T(-0.0) : x) + left.f, x < 0 ? left.d1 : 1 - left.d1, left.d2};
+}
 
 // x Phi(x), Phi the normal distribution function, phi its density:
 //   f' = Phi + x phi,  f'' = (2 - x^2) phi.
 struct Gelu {
   template <class T>
-  static constexpr Range<T> range = sizeof(T) == 4 ? Range<T>{T(-13.2687), T(13.2687)}
-                                                   : Range<T>{T(-37.6587), T(37.6587)};
+  static constexpr T bound = sizeof(T) == 4 ? T(13.2687) : T(37.6587);  // a^2 / 2 = log_zero
 
   template <class P, class T = typename P::real>
-  GN_INLINE static Jet<T> jet(T x) {
-    constexpr T one_over_sqrt_2pi = T(0.398942280401432677940);
-    const T above = range<T>.at_least_low(x);
-    const T z = range<T>.at_most_high(above);
-    const T s = z * z;
+  GN_INLINE static Jet<T> left(T a) {
+    constexpr T c = T(0.398942280401432677940);  // 1 / sqrt(2 pi)
+    const T s = a * a;
     const T e = exp<P>(T(-0.5) * s);
-    const T tail = e * P::mills(std::fabs(z));  // Phi(-|x|), with relative accuracy
-    T cdf = z < 0 ? tail : 1 - tail;
-    if constexpr (P::has_centre) cdf = s < 1 ? T(0.5) + z * P::centre(s) : cdf;
-    const T pdf = e * one_over_sqrt_2pi;
-    return {above * cdf, cdf + z * pdf, (2 - s) * pdf};
+    T cdf = e * P::mills(a);
+    if constexpr (P::has_centre) cdf = s < 1 ? T(0.5) - a * P::centre(s) : cdf;
+    return {-a * cdf, cdf - a * (c * e), (2 * c - c * s) * e};
   }
 };
 
-// x sigma(g), sigma the logistic function, g an odd function of x with derivatives dg and ddg:
-//   f' = sigma (1 + x dg (1 - sigma)),
-//   f'' = sigma (1 - sigma) (2 dg + x ddg + x dg^2 (1 - 2 sigma)).
-// With e = exp(-g) there is no cancellation in sigma = 1 / (1 + e), in 1 - sigma = e sigma, nor in
-// 1 - 2 sigma = (e - 1) sigma.
+// x sigma(g), sigma the logistic function, g an odd function of x with derivatives dg and ddg. At
+// -a, with w = sigma(-g(a)):
+//   f = -a w,
+//   f' = w (1 - a dg (1 - w)),
+//   f'' = w (1 - w) (2 dg + a ddg - a dg^2 (1 - 2 w)).
 template <class Gate>
 struct Gated {
   template <class P, class T = typename P::real>
-  GN_INLINE static Jet<T> jet(T x) {
-    constexpr Range<T> range = Gate::template range<T>;
-    const T above = range.at_least_low(x);
-    const T z = range.at_most_high(above);
-    const auto [g, dg, ddg] = Gate::template gate<T>(z);
-    const T e = exp<P>(-g);
-    const T sigma = 1 / (1 + e);
-    const T finite = e > Format<T>::max ? Format<T>::max : e;
-    const T rest = finite * sigma;
-    const T slope = z * dg;
+  GN_INLINE static Jet<T> left(T a) {
+    const auto [g, dg, ddg] = Gate::gate(a);
+    const T e = exp<P>(g);
+    const T w = 1 / (1 + e);
+    const T slope = a * dg;
     return {
-        above / (1 + e),
-        sigma + sigma * (slope * rest),
-        sigma * rest * (2 * dg + z * ddg + slope * dg * ((finite - 1) * sigma)),
+        -a / (1 + e),
+        w * (1 - slope * (1 - w)),
+        w * (1 - w) * (2 * dg + a * ddg - slope * dg * (1 - 2 * w)),
     };
   }
 };
@@ -158,8 +153,7 @@ struct Gated {
 // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), by (1 + tanh(g / 2)) / 2 = sigma(g).
 struct GeluTanh : Gated<GeluTanh> {
   template <class T>
-  static constexpr Range<T> range = sizeof(T) == 4 ? Range<T>{T(-10.061), T(10.031)}
-                                                   : Range<T>{T(-21.1598), T(21.1527)};
+  static constexpr T bound = sizeof(T) == 4 ? T(10.061) : T(21.1598);  // g(a) = log_inf
 
   template <class T>
   GN_INLINE static Jet<T> gate(T x) {
@@ -172,7 +166,7 @@ struct GeluTanh : Gated<GeluTanh> {
 
 struct Silu : Gated<Silu> {
   template <class T>
-  static constexpr Range<T> range = {-Format<T>::log_inf, Format<T>::log_zero};
+  static constexpr T bound = Format<T>::log_inf;
 
   template <class T>
   GN_INLINE static Jet<T> gate(T x) {
@@ -183,8 +177,7 @@ struct Silu : Gated<Silu> {
 // x sigma(1.702 x).
 struct QuickGelu : Gated<QuickGelu> {
   template <class T>
-  static constexpr Range<T> range = {-Format<T>::log_inf / T(1.702),
-                                     Format<T>::log_zero / T(1.702)};
+  static constexpr T bound = Format<T>::log_inf / T(1.702);
 
   template <class T>
   GN_INLINE static Jet<T> gate(T x) {

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -162,10 +163,12 @@ class Call {
   const std::int64_t length, rows;
 
  private:
-  static constexpr std::int64_t kGrain = 16384, kMaxBlocks = 64, kMinRows = 16;
+  static constexpr std::int64_t kGrain = 16384, kMaxBlocks = 64;
 
+  // About as many blocks as rows in one: then their sums have the smallest error.
   std::int64_t block_count() const {
-    return std::clamp<std::int64_t>((rows + kMinRows - 1) / kMinRows, 1, kMaxBlocks);
+    const auto root = std::int64_t(std::ceil(std::sqrt(double(rows))));
+    return std::clamp<std::int64_t>(root, 1, kMaxBlocks);
   }
 
   char* partial(int s, std::int64_t block) {

@@ -36,7 +36,7 @@ template <class A, class P, class T = typename P::real>
 struct Forward {
   static constexpr int in = 1, out = 1;
   GN_INLINE static void apply(const T (&in)[1], T (&out)[1]) {
-    out[0] = A::template jet<P>(in[0]).f;
+    out[0] = jet<A, P>(in[0]).f;
   }
 };
 
@@ -45,7 +45,7 @@ struct Backward {
   static constexpr int in = 2, out = 1;
   GN_INLINE static void apply(const T (&in)[2], T (&out)[1]) {
     const auto [grad, x] = in;
-    out[0] = grad * A::template jet<P>(x).d1;
+    out[0] = grad * jet<A, P>(x).d1;
   }
 };
 
@@ -54,7 +54,7 @@ struct DoubleBackward {
   static constexpr int in = 3, out = 2;
   GN_INLINE static void apply(const T (&in)[3], T (&out)[2]) {
     const auto [v, grad, x] = in;
-    const Jet<T> at_x = A::template jet<P>(x);
+    const Jet<T> at_x = jet<A, P>(x);
     out[0] = v * at_x.d1;
     out[1] = v * grad * at_x.d2;
   }
@@ -65,7 +65,7 @@ struct Curvature {  // the second output of DoubleBackward alone
   static constexpr int in = 3, out = 1;
   GN_INLINE static void apply(const T (&in)[3], T (&out)[1]) {
     const auto [v, grad, x] = in;
-    out[0] = v * grad * A::template jet<P>(x).d2;
+    out[0] = v * grad * jet<A, P>(x).d2;
   }
 };
 

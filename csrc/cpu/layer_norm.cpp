@@ -63,26 +63,35 @@ GN_INLINE void for_chunks(std::int64_t n, F f) {
   }
 }
 
-// The sum of f(j) over [0, n). Four at a time: an addition does not wait for the one before.
-template <class R, class F>
-GN_INLINE R sum_of(std::int64_t n, F f) {
-  R sum = 0;
-  for_chunks(n, [&](std::int64_t begin, std::int64_t end) {
-    const std::int64_t quarter = (end - begin) / 64 * 16;  // of whole vectors
-    R a = 0, b = 0, c = 0, d = 0;
-    GN_SIMD_SUM(a, b, c, d)
-    for (std::int64_t j = begin; j < begin + quarter; ++j) {
-      a += f(j);
-      b += f(j + quarter);
-      c += f(j + 2 * quarter);
-      d += f(j + 3 * quarter);
-    }
-    GN_SIMD_SUM(a)
-    for (std::int64_t j = begin + 4 * quarter; j < end; ++j) a += f(j);
-    sum += (a + b) + (c + d);
-  });
-  return sum;
-}
+// Sum of x[j] - offset over a row, and of its squares. Several sums run side by side, so that an
+// addition does not wait for the one before.
+template <class R>
+struct Moments {
+  R sum = 0, squares = 0;
+
+  GN_INLINE Moments(const R* x, R offset, std::int64_t n) {
+    for_chunks(n, [&](std::int64_t begin, std::int64_t end) {
+      const std::int64_t half = (end - begin) / 32 * 16;  // of whole vectors
+      R a = 0, b = 0, aa = 0, bb = 0;
+      GN_SIMD_SUM(a, b, aa, bb)
+      for (std::int64_t j = begin; j < begin + half; ++j) {
+        const R left = x[j] - offset, right = x[j + half] - offset;
+        a += left;
+        b += right;
+        aa += left * left;
+        bb += right * right;
+      }
+      GN_SIMD_SUM(a, aa)
+      for (std::int64_t j = begin + 2 * half; j < end; ++j) {
+        const R left = x[j] - offset;
+        a += left;
+        aa += left * left;
+      }
+      sum += a + b;
+      squares += aa + bb;
+    });
+  }
+};
 
 template <class T, class R = Wide<T>>
 void forward(const Forward& a, Rows rows, R* scratch) {
@@ -92,18 +101,17 @@ void forward(const Forward& a, Rows rows, R* scratch) {
   for (std::int64_t i = rows.begin; i < rows.end; ++i) {
     const R* x = read<T>(a.x, i, n, scratch);
     R* y = place<T>(a.y, i, n, scratch + n);
-    // Relative to its first number a constant row is exactly 0, and its variance too.
-    const R shift = x[0];
-    const R mean = sum_of<R>(n, [&](std::int64_t j) { return x[j] - shift; }) / R(n);
-    const R squares = sum_of<R>(n, [&](std::int64_t j) {
-      const R centred = (x[j] - shift) - mean;
-      return centred * centred;
-    });
-    const R r = 1 / std::sqrt(squares / R(n) + R(a.eps));
+    // Relative to its first number a constant row is exactly 0, and its variance too. Relative to
+    // the mean that this gives, what is left of the mean corrects it.
+    const R about = x[0] + Moments<R>(x, x[0], n).sum / R(n);
+    const Moments<R> moments(x, about, n);
+    const R rest = moments.sum / R(n), mean = about + rest;
+    const R variance = moments.squares / R(n) - rest * rest;
+    const R r = 1 / std::sqrt((variance < 0 ? R(0) : variance) + R(a.eps));
     GN_SIMD
-    for (std::int64_t j = 0; j < n; ++j) y[j] = ((x[j] - shift) - mean) * r * w[j] + b[j];
+    for (std::int64_t j = 0; j < n; ++j) y[j] = (x[j] - mean) * r * w[j] + b[j];
     written<T>(y, a.y, i, n);
-    static_cast<R*>(a.mean)[i] = shift + mean;
+    static_cast<R*>(a.mean)[i] = mean;
     static_cast<R*>(a.rstd)[i] = r;
   }
 }

@@ -52,11 +52,13 @@ def _over_rows(value: Tensor, normalized_shape: tuple[int, ...]) -> Tensor:
 def statistics(x: Tensor, normalized_shape: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
     """μ and r of every row, as (…, 1, …, 1)"""
     x = _wide(x)
-    # Relative to its first number a constant row is exactly 0, and its variance too.
+    # Relative to its first number a constant row is exactly 0, and its variance too. Relative to
+    # the mean that this gives, what is left of the mean corrects it.
     shift = x.detach()
     for dim in range(-len(normalized_shape), 0):
         shift = shift.narrow(dim, 0, 1)
     mean = shift + _row_mean(x - shift, normalized_shape)
+    mean = mean + _row_mean(x - mean, normalized_shape)
     centred = x - mean
     return mean, (_row_mean(centred * centred, normalized_shape) + eps).rsqrt()
 

@@ -79,20 +79,24 @@ def _forward_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     first_row, start, row, element, of_rows, inside = _tile(tl.program_id(0), rows, N, ROWS, BLOCK)
 
-    # Relative to its first number a constant row is exactly 0, and its variance too.
+    # Relative to its first number a constant row is exactly 0, and its variance too. Relative to
+    # the mean that this gives, what is left of the mean corrects it.
+    a = _load(x + start + element, inside, WIDE)
     shift = _load(x + start + row * N, of_rows, WIDE)
-    a = tl.where(inside, _load(x + start + element, inside, WIDE) - shift, 0.0)
-    relative_mean = _mean(a, N)
-    centred = tl.where(inside, a - relative_mean, 0.0)
-    r = _reciprocal_root(_mean(centred * centred, N) + eps)
+    about = shift + _mean(tl.where(inside, a - shift, 0.0), N)
+    centred = tl.where(inside, a - about, 0.0)
+    rest = _mean(centred, N)
+    variance = _mean(centred * centred, N) - rest * rest
+    r = _reciprocal_root(tl.where(variance < 0, 0.0, variance) + eps)
+    mu = about + rest
 
-    result = centred * r
+    result = (a - mu) * r
     if HAS_WEIGHT:
         result *= _load(weight + column, column < N, WIDE)
     if HAS_BIAS:
         result += _load(bias + column, column < N, WIDE)
     tl.store(y + start + element, result.to(y.dtype.element_ty), mask=inside)
-    tl.store(mean + first_row + row, shift + relative_mean, mask=of_rows)
+    tl.store(mean + first_row + row, mu, mask=of_rows)
     tl.store(rstd + first_row + row, r, mask=of_rows)
 
 
