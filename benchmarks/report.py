@@ -159,8 +159,8 @@ def _behind(rows: Iterable[Row]) -> str:
         for name in (_EAGER, *_INDUCTOR):
             peer = by_name.get(name)
             if ours and peer and peer["p80_ms"] < ours["p20_ms"]:
-                ratio = ours["median_ms"] / peer["median_ms"]
-                found.append(f"* {' '.join(key)}: {name} takes 1/{ratio:.2f} of the time")
+                ratio = peer["median_ms"] / ours["median_ms"]
+                found.append(f"* {' '.join(key)}: {name} takes {ratio:.2f} of our time")
     if not found:
         return "Nowhere is eager PyTorch or Inductor faster by more than the spread of both.\n"
     return (
@@ -349,17 +349,21 @@ def _bars(
         texts = [common.number(v) if v else "" for v in values]
         axes.bar_label(bars, texts, padding=2, fontsize=7)
     axes.set_yticks(range(len(groups)), groups, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel(label, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
-    if len(series) > 1:
-        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": len(series)}
-        axes.legend(fontsize=8, frameon=False, **above)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, frameon=False
+    )
 
 
 def _draw_operations(figure: Any, rows: list[Row]) -> None:
-    axes = figure.subplots(1, 2)
+    axes = figure.subplots(1, 2, sharey=True)
     for ax, order in zip(axes, ("double backward", "cycle"), strict=True):
         groups: list[str] = []
         series: dict[str, list[float | None]] = {_OURS: [], "Inductor (faster of two)": []}
@@ -371,7 +375,8 @@ def _draw_operations(figure: Any, rows: list[Row]) -> None:
             inductor = [speedup[name] for name in _INDUCTOR if speedup.get(name)]
             series["Inductor (faster of two)"].append(max(inductor) if inductor else None)
         _bars(ax, groups, series, f"{order}: times as fast as eager PyTorch")
-        ax.axvline(1, color="black", linewidth=0.8)
+        ax.axvline(1, color="black", linewidth=0.8, zorder=0)
+    _legend(figure, axes[0])
 
 
 def _draw_seconds(figure: Any, rows: list[Row]) -> None:
@@ -383,11 +388,13 @@ def _draw_seconds(figure: Any, rows: list[Row]) -> None:
         ]
         for (activation,), group in _grouped(rows, "activation").items()
     }
-    _bars(figure.subplots(), steps, series, "natural steps (measured)")
+    axes = figure.subplots()
+    _bars(axes, steps, series, "natural steps (measured)")
+    _legend(figure, axes)
 
 
 def _draw_count(figure: Any, rows: list[Row]) -> None:
-    axes = figure.subplots(1, 2)
+    axes = figure.subplots(1, 2, sharey=True)
     chosen = [row for row in rows if "base" in row["model"]] or rows
     steps = list(dict.fromkeys(row["provider"] for row in chosen))
     for ax, (key, label) in zip(
@@ -402,6 +409,7 @@ def _draw_count(figure: Any, rows: list[Row]) -> None:
             for (model,), group in _grouped(chosen, "model").items()
         }
         _bars(ax, steps, series, label)
+    _legend(figure, axes[0])
 
 
 def _draw_accuracy(figure: Any, rows: list[Row]) -> None:
@@ -420,7 +428,9 @@ def _draw_accuracy(figure: Any, rows: list[Row]) -> None:
         for (provider,), group in _grouped(chosen, "provider").items()
     }
     label = "largest error of the double backward, in ulp at least of the RMS"
-    _bars(figure.subplots(), [" ".join(one) for one in index], series, label)
+    axes = figure.subplots()
+    _bars(axes, [" ".join(one) for one in index], series, label)
+    _legend(figure, axes)
 
 
 _FIGURES: Mapping[str, Callable[[Any, list[Row]], None]] = {

@@ -123,7 +123,7 @@ def layer_norm(
     shape = tuple(normalized_shape)
     _layer_norm.check_tensor("x", x)
     device = x.device.type
-    if device != "cpu" and torch.is_autocast_enabled(device):
+    if device != "cpu" and _autocasts(device):
         x = _at_least_float32(x)
         weight = None if weight is None else _at_least_float32(weight)
         bias = None if bias is None else _at_least_float32(bias)
@@ -188,9 +188,11 @@ def _autocast(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.dtype not in _AUTOCAST_DTYPES:
         return tensor
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    return tensor.to(torch.get_autocast_dtype(device)) if _autocasts(device) else tensor
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def test_the_page_marks_names_and_confesses(results):
     page = report.render(results)
     assert "One operation (measured)" in page
     assert "python -m benchmarks.operations" in page
-    assert "1/2.00 of the time" in page  # Inductor is faster here, and the page says so
+    assert "takes 0.50 of our time" in page  # Inductor is faster here, and the page says so
     assert page == report.render(results)
 
 
