@@ -239,7 +239,10 @@ def _sass_access(operation: str, name: str) -> tuple[str, int] | None:
     return ("load" if operation == "LDG" else "store", int(width[1]) if width else 32)
 
 
-_AMD_BITS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+def _amd_bits(width: str) -> int:
+    # CDNA names widths, from byte to dwordx4; RDNA ends in the number of bits.
+    named = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+    return named.get(width) or int(re.search(r"\d+$", width)[0])
 
 
 def _read_amdgcn(assembly: str) -> tuple[tuple[int, int, int], list[Instruction]]:
@@ -265,7 +268,7 @@ def _read_amdgcn(assembly: str) -> tuple[tuple[int, int, int], list[Instruction]
                     operands.strip() if branches else None,
                     falls_through=name not in ("s_branch", "s_endpgm"),
                     ends=name == "s_endpgm",
-                    access=(access[1], _AMD_BITS[access[2]]) if access else None,
+                    access=(access[1], _amd_bits(access[2])) if access else None,
                 )
             )
             labels = ()

@@ -70,7 +70,7 @@ void check_like(const Tensor& x, const Tensor& other) {
 // The shim's own function: torch::stable::empty_like finds its operator by name at every call,
 // which takes longer than a small tensor's arithmetic.
 Tensor new_tensor(const Tensor& x, std::int64_t dim, const std::int64_t* sizes,
-             const std::int64_t* strides) {
+                  const std::int64_t* strides) {
   std::int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   AtenTensorHandle out;
@@ -98,10 +98,10 @@ void parallel(const Tensor& x, F f) {
     f(0, n);
     return;
   }
-  torch::stable::parallel_for(
-      0, (n + kBlock - 1) / kBlock, grain / kBlock, [&](std::int64_t begin, std::int64_t end) {
-        f(begin * kBlock, std::min(end * kBlock, n) - begin * kBlock);
-      });
+  torch::stable::parallel_for(0, (n + kBlock - 1) / kBlock, grain / kBlock,
+                              [&](std::int64_t begin, std::int64_t end) {
+                                f(begin * kBlock, std::min(end * kBlock, n) - begin * kBlock);
+                              });
 }
 
 // A tensor's memory; adding i gives the address of element i.
@@ -140,8 +140,7 @@ Tensor activation_backward(const Tensor& grad, const Tensor& x, const std::strin
 }
 
 std::tuple<Tensor, Tensor> activation_double_backward(const Tensor& v, const Tensor& grad,
-                                                      const Tensor& x,
-                                                      const std::string& kind_name,
+                                                      const Tensor& x, const std::string& kind_name,
                                                       const std::vector<bool>& output_mask) {
   STD_TORCH_CHECK(output_mask.size() == 2, "gn_kernels: output_mask must have 2 entries");
   check_like(x, grad);
@@ -159,7 +158,7 @@ std::tuple<Tensor, Tensor> activation_double_backward(const Tensor& v, const Ten
       out1(for_x, dtype);
   parallel(x, [&](std::int64_t i, std::int64_t n) {
     kernels().double_backward(kind, dtype, vs + i, g + i, in + i,
-                                      output_mask[0] ? out0 + i : nullptr, out1 + i, n);
+                              output_mask[0] ? out0 + i : nullptr, out1 + i, n);
   });
   return {for_grad, for_x};
 }

@@ -132,11 +132,10 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
 }
 
 void double_backward(const MaybeTensor& aq, const MaybeTensor& ak, const MaybeTensor& av,
-                     const MaybeTensor& abias, const Tensor& grad, const Tensor& q,
-                     const Tensor& k, const Tensor& v, const MaybeTensor& bias, const Tensor&,
-                     const Tensor& lse, double scale, const MaybeTensor& for_grad,
-                     const MaybeTensor& for_q, const MaybeTensor& for_k, const MaybeTensor& for_v,
-                     const MaybeTensor& sums) {
+                     const MaybeTensor& abias, const Tensor& grad, const Tensor& q, const Tensor& k,
+                     const Tensor& v, const MaybeTensor& bias, const Tensor&, const Tensor& lse,
+                     double scale, const MaybeTensor& for_grad, const MaybeTensor& for_q,
+                     const MaybeTensor& for_k, const MaybeTensor& for_v, const MaybeTensor& sums) {
   Problem p = problem_of(q, k, v, bias, scale, lse);
   p.grad = rows_of(grad);
   p.aq = rows_of(aq);

@@ -54,9 +54,9 @@ Tensor new_tensor(const std::vector<std::int64_t>& sizes, std::int32_t dtype) {
     strides[k - 1] = strides[k] * std::max<std::int64_t>(sizes[k], 1);
   }
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      std::int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-      aoti_torch_device_type_cpu(), /*device_index=*/0, &out));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(std::int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                               aoti_torch_device_type_cpu(), /*device_index=*/0, &out));
   return Tensor(out);
 }
 
@@ -77,9 +77,9 @@ Tensor like_where(bool asked, const MaybeTensor& x, const Tensor& otherwise) {
 }
 
 void check_like(const Tensor& x, const Tensor& other) {
-  STD_TORCH_CHECK(other.scalar_type() == x.scalar_type() && other.numel() == x.numel() &&
-                      other.is_contiguous(),
-                  "gn_kernels: grad and v must be contiguous, of x's dtype and shape");
+  STD_TORCH_CHECK(
+      other.scalar_type() == x.scalar_type() && other.numel() == x.numel() && other.is_contiguous(),
+      "gn_kernels: grad and v must be contiguous, of x's dtype and shape");
 }
 
 void* memory(const Tensor& x) { return x.data_ptr(); }
@@ -90,7 +90,9 @@ void* memory_where(bool asked, const Tensor& x) { return asked ? x.data_ptr() : 
 class Call {
  public:
   Call(const Tensor& x, std::int64_t row_length)
-      : dtype(dtype_of(x)), length(row_length), rows(x.numel() / std::max<std::int64_t>(row_length, 1)) {
+      : dtype(dtype_of(x)),
+        length(row_length),
+        rows(x.numel() / std::max<std::int64_t>(row_length, 1)) {
     STD_TORCH_CHECK(x.is_contiguous() && rows * length == x.numel() && length > 0,
                     "gn_kernels: x must be contiguous, in rows of row_length");
   }
@@ -99,7 +101,8 @@ class Call {
   std::size_t wide_size() const { return is_double() ? sizeof(double) : sizeof(float); }
 
   Tensor new_statistics() const {
-    return new_tensor({rows}, is_double() ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+    return new_tensor({rows},
+                      is_double() ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
   }
 
   void check_statistics(const Tensor& mean, const Tensor& rstd) const {
@@ -151,11 +154,10 @@ class Call {
   // The total over the blocks of sum `s`, rounded to the dtype of `out`.
   void add_up(int s, const Tensor& out) {
     std::vector<char> total(std::size_t(length) * wide_size());
-    torch::stable::parallel_for(0, length, kGrain / kMaxBlocks,
-                                [&](std::int64_t begin, std::int64_t end) {
-                                  kernels().add_up(dtype, partial(s, 0), total.data(),
-                                                   block_count(), length, begin, end);
-                                });
+    torch::stable::parallel_for(
+        0, length, kGrain / kMaxBlocks, [&](std::int64_t begin, std::int64_t end) {
+          kernels().add_up(dtype, partial(s, 0), total.data(), block_count(), length, begin, end);
+        });
     kernels().narrow(dtype_of(out), total.data(), out.data_ptr(), length);
   }
 
@@ -186,17 +188,20 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, std::int6
   const auto w = call.parameter(weight, 1), b = call.parameter(bias, 0);
   const Tensor y = like_where(true, x);
   const Tensor mean = call.new_statistics(), rstd = call.new_statistics();
-  const Forward arguments{memory(x), w.data(), b.data(), memory(y), memory(mean), memory(rstd), eps};
+  const Forward arguments{memory(x),    w.data(),     b.data(), memory(y),
+                          memory(mean), memory(rstd), eps};
   call.for_blocks(0, [&](Rows rows, void* scratch, char**) {
     kernels().forward(call.dtype, arguments, rows, scratch);
   });
   return {y, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
-    const Tensor& grad, const Tensor& x, std::int64_t row_length, const MaybeTensor& weight,
-    const MaybeTensor& bias, const Tensor& mean, const Tensor& rstd,
-    const std::vector<bool>& output_mask) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& x,
+                                                       std::int64_t row_length,
+                                                       const MaybeTensor& weight,
+                                                       const MaybeTensor& bias, const Tensor& mean,
+                                                       const Tensor& rstd,
+                                                       const std::vector<bool>& output_mask) {
   STD_TORCH_CHECK(output_mask.size() == 3, "gn_kernels: output_mask must have 3 entries");
   Call call(x, row_length);
   check_like(x, grad);
@@ -208,8 +213,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
   const Tensor for_bias = like_where(asked_bias, bias, x);
   const void* const inputs[] = {memory(grad), memory(x), w.data(), memory(mean), memory(rstd)};
   call.for_blocks(asked_weight + asked_bias, [&](Rows rows, void* scratch, char** sums) {
-    const Backward arguments{inputs[0], inputs[1], inputs[2], inputs[3], inputs[4],
-                             memory_where(asked_x, for_x), asked_weight ? sums[0] : nullptr,
+    const Backward arguments{inputs[0],
+                             inputs[1],
+                             inputs[2],
+                             inputs[3],
+                             inputs[4],
+                             memory_where(asked_x, for_x),
+                             asked_weight ? sums[0] : nullptr,
                              asked_bias ? sums[1] : nullptr};
     kernels().backward(call.dtype, arguments, rows, scratch);
   });
@@ -232,10 +242,17 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_double_backward(
   const bool asked_weight = output_mask[2];
   const Tensor for_grad = like_where(output_mask[0], grad), for_x = like_where(output_mask[1], x);
   const Tensor for_weight = like_where(asked_weight, weight, x);
-  DoubleBackward arguments{v ? memory(*v) : nullptr, u ? u_row.data() : nullptr, t_row.data(),
-                           memory(grad), memory(x), w.data(), memory(mean), memory(rstd),
+  DoubleBackward arguments{v ? memory(*v) : nullptr,
+                           u ? u_row.data() : nullptr,
+                           t_row.data(),
+                           memory(grad),
+                           memory(x),
+                           w.data(),
+                           memory(mean),
+                           memory(rstd),
                            memory_where(output_mask[0], for_grad),
-                           memory_where(output_mask[1], for_x), nullptr};
+                           memory_where(output_mask[1], for_x),
+                           nullptr};
   call.for_blocks(asked_weight, [&](Rows rows, void* scratch, char** sums) {
     DoubleBackward of_block = arguments;
     of_block.sum_for_weight = asked_weight ? sums[0] : nullptr;

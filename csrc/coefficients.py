@@ -15,8 +15,8 @@ positive, so nothing cancels, and its relative accuracy holds to the end of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import mpmath as mp
 
@@ -69,12 +69,12 @@ def fit(
         below = [mp.polyval(q[::-1], t) for t in nodes]
         errors = [
             abs(w * (mp.polyval(p[::-1], t) / d - f))
-            for t, d, f, w in zip(nodes, below, values, weights)
+            for t, d, f, w in zip(nodes, below, values, weights, strict=True)
         ]
         largest = max(errors)
         if largest < best[2]:
             best = (p, q, largest)
-        lawson = [w * (e / largest + mp.mpf("1e-3")) for w, e in zip(lawson, errors)]
+        lawson = [w * (e / largest + mp.mpf("1e-3")) for w, e in zip(lawson, errors, strict=True)]
     return best
 
 

@@ -499,8 +499,7 @@ void backward(const Problem& p, std::int64_t b, std::int64_t h, void* scratch, v
   });
 }
 
-void double_backward(const Problem& p, std::int64_t b, std::int64_t h, void* scratch,
-                     void* sums) {
+void double_backward(const Problem& p, std::int64_t b, std::int64_t h, void* scratch, void* sums) {
   with_dtype(p.dtype, [&](auto element, auto precision) {
     using R = typename decltype(precision)::real;
     Head<decltype(element), decltype(precision)>(p, Order::DoubleBackward, b, h, scratch)

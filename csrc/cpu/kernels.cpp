@@ -35,9 +35,7 @@ using Precision = typename PrecisionOf<T>::type;
 template <class A, class P, class T = typename P::real>
 struct Forward {
   static constexpr int in = 1, out = 1;
-  GN_INLINE static void apply(const T (&in)[1], T (&out)[1]) {
-    out[0] = jet<A, P>(in[0]).f;
-  }
+  GN_INLINE static void apply(const T (&in)[1], T (&out)[1]) { out[0] = jet<A, P>(in[0]).f; }
 };
 
 template <class A, class P, class T = typename P::real>

@@ -47,8 +47,10 @@ GN_INLINE const R* read(const void* tensor, std::int64_t i, std::int64_t n, R* b
 // Where row i of a tensor of T is computed: there, or in `buffer`, for `written` to round.
 template <class T, class R>
 GN_INLINE R* place(void* tensor, std::int64_t i, std::int64_t n, R* buffer) {
-  if constexpr (is_narrow<T>) return buffer;
-  else return static_cast<T*>(tensor) + i * n;
+  if constexpr (is_narrow<T>)
+    return buffer;
+  else
+    return static_cast<T*>(tensor) + i * n;
 }
 
 template <class T, class R>
@@ -268,10 +270,14 @@ void double_backward(Dtype dtype, DoubleBackward a, Rows rows, void* scratch) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     auto* memory = static_cast<Wide<T>*>(scratch);
-    if (a.v == nullptr && a.u == nullptr) double_backward<T, false, false>(a, rows, memory);
-    else if (a.v == nullptr) double_backward<T, false, true>(a, rows, memory);
-    else if (a.u == nullptr) double_backward<T, true, false>(a, rows, memory);
-    else double_backward<T, true, true>(a, rows, memory);
+    if (a.v == nullptr && a.u == nullptr)
+      double_backward<T, false, false>(a, rows, memory);
+    else if (a.v == nullptr)
+      double_backward<T, false, true>(a, rows, memory);
+    else if (a.u == nullptr)
+      double_backward<T, true, false>(a, rows, memory);
+    else
+      double_backward<T, true, true>(a, rows, memory);
   });
 }
 

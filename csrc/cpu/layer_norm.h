@@ -19,14 +19,14 @@ struct Forward {
 
 struct Backward {
   const void *grad, *x, *weight, *mean, *rstd;
-  void *for_x;
+  void* for_x;
   void *sum_for_weight, *sum_for_bias;
 };
 
 struct DoubleBackward {
   const void *v, *u, *t, *grad, *x, *weight, *mean, *rstd;  // null: v or u is absent
   void *for_grad, *for_x;
-  void *sum_for_weight;
+  void* sum_for_weight;
 };
 
 // Rows [begin, end) of `length` numbers each.

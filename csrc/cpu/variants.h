@@ -12,7 +12,7 @@ namespace gn_kernels {
   ROW(baseline, true)
 
 #if defined(GN_KERNELS_HAVE_AVX512)
-#define GN_KERNELS_AVX512(ROW)                                                      \
+#define GN_KERNELS_AVX512(ROW)                                                           \
   ROW(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
 #else

@@ -2,7 +2,8 @@
 
 The arithmetic is fp32, or fp64 for fp64, and each result is rounded once. HALF says that it is
 rounded to 16 bits: then the forms take the fewest instructions that stay within 0.01 ulp of the
-correctly rounded result. Otherwise they are as accurate as their type allows.
+correctly rounded result. Otherwise they are within a few ulp, also in the tails; only fp64's gelu,
+which has erf but no erfc to build on, is there as accurate as erf is at 1.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ def _column_sums_kernel(
         tl.store(second + column, sums, mask=column < N)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tiling(row_length: int, threads_per_warp: int) -> dict[str, int]:
     """The compile-time parameters and the warps of the kernels for one row length."""
     block = triton.next_power_of_2(row_length)
@@ -267,7 +267,7 @@ def _launch(row_length: int) -> dict[str, int]:
     return {**tiling(row_length, threads_per_warp), "enable_fp_fusion": True}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _walkers(device: torch.device) -> int:
     if device.type != "cuda":
         return _WALKERS
@@ -326,7 +326,8 @@ def backward(
         torch.empty_like(like) if asked and like is not None else x.new_empty(0)
         for like, asked in zip((x, weight, bias), output_mask, strict=True)
     )
-    summed = [out for out, asked in zip((for_weight, for_bias), output_mask[1:], strict=True) if asked]
+    _, *sums = zip((for_x, for_weight, for_bias), output_mask, strict=True)
+    summed = [out for out, asked in sums if asked]
     programs = _grid(x, row_length, walks=bool(summed))
     partials = _partials(x, row_length, programs, len(summed))
     with _on(x):

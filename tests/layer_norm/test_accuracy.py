@@ -20,7 +20,7 @@ ULP = {"native": 0.51, "reference": 0.51, "triton": 1.0}
 
 # Beside that, in units of 2⁻²⁴ of the terms that a result is a sum of: the roundings on the way to
 # an element (of the statistics, of x̂, of row sums and of their products), and of a sum over rows.
-ROUNDINGS = {name: 8.0 for name in NAMES} | {"dweight": 4.0, "dbias": 4.0, "for weight": 12.0}
+ROUNDINGS = dict.fromkeys(NAMES, 8.0) | {"dweight": 4.0, "dbias": 4.0, "for weight": 12.0}
 
 HALF = {torch.float16: (10, -14), torch.bfloat16: (7, -126)}
 

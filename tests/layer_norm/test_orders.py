@@ -60,8 +60,14 @@ def test_absent_parameters_and_cotangents(weight, bias, cotangents, backend):
 
 @pytest.mark.parametrize(
     ("shape", "normalized_shape"),
-    [((2, 3, 4, 5), (5,)), ((2, 3, 4, 5), (4, 5)), ((3, 4), (3, 4)), ((7,), (7,)), ((4, 1, 1), (1, 1))],
-)  # fmt: skip
+    [
+        ((2, 3, 4, 5), (5,)),
+        ((2, 3, 4, 5), (4, 5)),
+        ((3, 4), (3, 4)),
+        ((7,), (7,)),
+        ((4, 1, 1), (1, 1)),
+    ],
+)
 def test_ranks(shape, normalized_shape, backend):
     with gn_kernels.use_backend(backend):
         check(make(shape, normalized_shape))
