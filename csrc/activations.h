@@ -54,11 +54,10 @@ struct Format<float> {
   static constexpr int mantissa = 23;
   static constexpr float shifter = 0x1.8p23f + 127;  // + y: the integer next to y in the last bits,
                                                      // the exponent's bias added to it
-  static constexpr float max = 0x1.fffffep127f;
-  static constexpr float ln2_high = 0x1.63p-1f;  // of few bits: n * ln2_high is exact
+  static constexpr float ln2_high = 0x1.63p-1f;      // of few bits: n * ln2_high is exact
   static constexpr float ln2_low = -0x1.bd0106p-13f;
-  static constexpr float log_zero = 88.03f;  // 127 ln 2: Exp is 0 at its negative,
-  static constexpr float log_inf = 88.72f;   // 128 ln 2: and infinite here
+  static constexpr float log_zero = 88.03f;  // 127 ln 2: exp(-log_zero) comes out as 0,
+  static constexpr float log_inf = 88.72f;   // 128 ln 2: and exp(log_inf) as infinity
 };
 
 template <>
@@ -66,7 +65,6 @@ struct Format<double> {
   using Bits = std::uint64_t;
   static constexpr int mantissa = 52;
   static constexpr double shifter = 0x1.8p52 + 1023;
-  static constexpr double max = 0x1.fffffffffffffp1023;
   static constexpr double ln2_high = 0x1.62e42feep-1;
   static constexpr double ln2_low = 0x1.a39ef35793c76p-33;
   static constexpr double log_zero = 709.09;
@@ -164,6 +162,7 @@ struct GeluTanh : Gated<GeluTanh> {
   }
 };
 
+// x sigma(x).
 struct Silu : Gated<Silu> {
   template <class T>
   static constexpr T bound = Format<T>::log_inf;

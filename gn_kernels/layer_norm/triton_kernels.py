@@ -45,8 +45,10 @@ def _mean(a, N: tl.constexpr):
 def _reciprocal_root(a):
     # Correctly rounded; a GPU's own reciprocal root is 2 ulp off, in every element of the row.
     if a.dtype == tl.float64:
-        return 1.0 / tl.sqrt(a)
-    return tl.div_rn(tl.zeros_like(a) + 1.0, tl.sqrt_rn(a))
+        root = 1.0 / tl.sqrt(a)
+    else:
+        root = tl.div_rn(tl.zeros_like(a) + 1.0, tl.sqrt_rn(a))
+    return root
 
 
 @triton.jit

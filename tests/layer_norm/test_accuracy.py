@@ -35,6 +35,8 @@ def ulp(expected: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("row_length", [49, 384, 1000])
 def test_half_precision(row_length, dtype, parameters, backend):
+    if backend == "triton" and row_length == 1000:
+        pytest.skip("one second each in the interpreter")
     parameter_dtype = torch.float32 if parameters == "float32" else dtype
     case = make((40, row_length), dtype=dtype, parameter_dtype=parameter_dtype)
     with gn_kernels.use_backend(backend):

@@ -127,6 +127,8 @@ def arguments(case):
 
 @with_parameters
 def test_gradcheck(weight, bias, backend):
+    if backend == "triton" and not (weight and bias):
+        pytest.skip("covered by test_absent_parameters_and_cotangents")
     function, leaves = arguments(make((2, 5), weight=weight, bias=bias))
     with gn_kernels.use_backend(backend):
         assert torch.autograd.gradcheck(function, leaves)

@@ -215,6 +215,16 @@ def test_errors():
             native.backward(other, x, "silu")
 
 
+@pytest.mark.slow
+def test_coefficients_are_what_their_script_writes():
+    pytest.importorskip("mpmath")
+    source = Path(backend.__file__).parents[1] / "csrc"
+    written = subprocess.run(
+        [sys.executable, source / "coefficients.py"], check=True, capture_output=True, text=True
+    ).stdout
+    assert written == (source / "coefficients.h").read_text()
+
+
 def test_library_may_be_loaded_before_the_schemas():
     library = Path(backend.__file__).with_name("_native.so")
     script = f"""

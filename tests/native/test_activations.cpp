@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "../../csrc/cpu/numbers.h"
 #include "../../csrc/cpu/variants.h"
 
 using namespace gn_kernels;
@@ -144,6 +145,34 @@ void test_16_bits(const char* isa, const Kernels& kernels, Kind kind, Dtype dtyp
   }
 }
 
+// Conversion without special instructions: to nearest, ties to even, and NaN of any payload.
+template <class H>
+void test_conversions(Format16 format) {
+  const int infinity = ((1 << format.exponent_bits) - 1) << (format.digits - 1);
+  const auto rounded = [](double x) {
+    H h;
+    narrow(float(x), h);
+    return int(h.bits);
+  };
+  for (int bits = 0; bits < infinity; ++bits) {
+    const auto here = double(format.value(std::uint16_t(bits)));
+    CHECK(widen(H{std::uint16_t(bits)}) == float(here), "%#x", bits);
+    CHECK(rounded(here) == bits && rounded(-here) == (bits | 0x8000), "%#x", bits);
+    if (bits + 1 == infinity) break;
+    const auto next = double(format.value(std::uint16_t(bits + 1)));
+    const float middle = float((here + next) / 2);
+    CHECK(rounded(middle) == bits + (bits & 1), "a tie above %#x", bits);
+    CHECK(rounded(std::nextafter(middle, 0.0f)) == bits, "below a tie above %#x", bits);
+    CHECK(rounded(std::nextafter(middle, INFINITY)) == bits + 1, "above a tie above %#x", bits);
+  }
+  CHECK(rounded(INFINITY) == infinity && rounded(3.4e38) == infinity, "overflow");
+  for (std::uint32_t payload : {0x7f800001u, 0x7fc00000u, 0x7fffffffu, 0xffffffffu}) {
+    H h;
+    narrow(bit_cast<float>(payload), h);
+    CHECK((h.bits & 0x7fff) > infinity, "NaN %#x", payload);
+  }
+}
+
 template <class T>
 void test_limits(const Kernels& kernels, Kind kind, Dtype dtype) {
   const T inf = std::numeric_limits<T>::infinity(), huge = T(1e30);
@@ -199,6 +228,8 @@ void test_variant(const char* isa, const Kernels& kernels) {
 }  // namespace
 
 int main() {
+  test_conversions<float16>({11, -24, 5});
+  test_conversions<bfloat16>({8, -133, 8});
 #define ROW(isa, runs_here)                             \
   if (runs_here)                                        \
     test_variant(#isa, isa), std::printf("%s\n", #isa); \
