@@ -1,81 +1,45 @@
-"""``gn-kernels train | evaluate | info``."""
+"""``gn-kernels train``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
 import math
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gn_kernels.backend import info
+from gn_kernels.cli.common import (
+    check_device,
+    evaluation_rows,
+    measure,
+    on,
+    positive,
+    show,
+    write_json,
+)
 from gn_kernels.training.recipe import PRESETS, InputError, Settings
 
 if TYPE_CHECKING:
+    from gn_kernels.cli import Commands
     from gn_kernels.robustness import Evaluation
     from gn_kernels.training import Dataset, Training
     from gn_kernels.training.loop import Progress, StepComparison, Timing
 
-# Part of what an evaluation's figures depend on: the random starts are drawn batch by batch.
-_EVALUATION_BATCH = 500
 _CAPTION = (
     "Times: median [20th, 80th percentile]. The steps timed again take turns, on copies; x is the "
     "speed relative to PyTorch."
 )
-_OPTIONAL = ("matplotlib", "rich", "sklearn", "timm", "torchvision")
+_NEEDED = ("matplotlib", "rich", "sklearn", "timm", "torchvision")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit status: 0; 2 for what the user can mend, after one sentence on stderr; 130 or 143
-        after SIGINT or SIGTERM.
-    """
-    logging.basicConfig(format="gn-kernels: %(message)s", level=logging.WARNING)
-    parser = _parser()
-    try:
-        options = vars(parser.parse_args(arguments))
-        return int(options.pop("command")(options))
-    except InputError as error:
-        print(f"gn-kernels: {error}", file=sys.stderr)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in _OPTIONAL:
-            raise
-        print(
-            f"gn-kernels: this needs {error.name}, which is not installed: "
-            "pip install 'gn_kernels[train]'",
-            file=sys.stderr,
-        )
-    except OSError as error:
-        print(f"gn-kernels: {error}", file=sys.stderr)
-    except KeyboardInterrupt as error:
-        print(f"gn-kernels: interrupted{f' by {error}' if str(error) else ''}", file=sys.stderr)
-        return 128 + getattr(error, "signum", signal.SIGINT)
-    return 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="gn-kernels",
-        description="Train Vision Transformers with a penalty on the input gradient, on fused "
-        "kernels for differentiating twice.",
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-
+def add_to(commands: Commands) -> None:
     train = commands.add_parser(
         "train",
         help="train a model, measure it, and write a report",
@@ -94,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="discard what the output folder holds"
     )
     train.add_argument(
-        "--save-every-steps", type=_positive, metavar="N", help="checkpoint interval (an epoch)"
+        "--save-every-steps", type=positive, metavar="N", help="checkpoint interval (an epoch)"
     )
     recipe = train.add_argument_group("recipe")
     for field in dataclasses.fields(Settings):
@@ -115,53 +79,9 @@ def _parser() -> argparse.ArgumentParser:
             **common,
         )
 
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="measure the model of a checkpoint again",
-        description="Measure clean accuracy, accuracy under PGD, and the mean L1 norm of the input "
-        "gradient. Without options the figures are those of the training's report.",
-    )
-    evaluate.set_defaults(command=_evaluate)
-    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="file, or a run's folder")
-    for name, kind, text in (
-        ("eps-255", float, "radius of the attack, in 1/255"),
-        ("attack-steps", int, "steps of PGD"),
-        ("restarts", int, "random starts of PGD, of which the worst counts"),
-        ("seed", int, "of the attack"),
-        ("data", str, "folder of the data, where it has moved"),
-        ("device", str, "where the model runs"),
-    ):
-        evaluate.add_argument(
-            f"--{name}",
-            type=kind,
-            default=argparse.SUPPRESS,
-            help=text,
-            metavar=name.split("-")[-1].upper(),
-        )
-    evaluate.add_argument("--json", metavar="FILE", help="write the figures there, - for stdout")
-
-    show = commands.add_parser("info", help="show which kernels run here, and why others do not")
-    show.set_defaults(command=_info)
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
-
-
-def _info(options: dict[str, Any]) -> int:
-    lines = info()
-    width = max(map(len, lines))
-    for name, value in lines.items():
-        print(f"{name:<{width}}  {value}")
-    return 0
-
 
 def _train(options: dict[str, Any]) -> int:
-    for name in _OPTIONAL:
+    for name in _NEEDED:
         __import__(name)  # what is missing is told before the training, not after it
     # Here, not above: `info` and `--help` work without timm and the like.
     from gn_kernels.robustness import gradient_figure
@@ -182,7 +102,7 @@ def _train(options: dict[str, Any]) -> int:
             f"{folder} holds a run already: add --resume to continue it, --overwrite to discard "
             "it, or another --output"
         )
-    _check_device(settings.device)
+    check_device(settings.device)
     dataset = data.load(settings)
     training = Training(settings, dataset)
     if state is not None:
@@ -207,15 +127,15 @@ def _train(options: dict[str, Any]) -> int:
             )
             raise
     print("Measuring ...", flush=True)
-    evaluation = _measure(training.model, dataset, settings, settings.seed)
+    evaluation = measure(training.model, dataset, settings, settings.seed)
     comparison = compare_steps(training)
 
     chosen = _one_of_each_class(dataset, 10)
-    images, labels = _on(settings.device, dataset.test.batch(chosen))
+    images, labels = on(settings.device, dataset.test.batch(chosen))
     picture = folder / "gradients.png"
     gradient_figure(picture, training.model, images, labels, dataset.classes, _title(settings))
     report = folder / "report.json"
-    _write_json(
+    write_json(
         report,
         {
             "command": "train",
@@ -242,57 +162,14 @@ def _train(options: dict[str, Any]) -> int:
             },
         },
     )
-    _show(f"{settings.method}, {dataset.name}", _rows(evaluation, training, comparison), _CAPTION)
+    show(f"{settings.method}, {dataset.name}", _rows(evaluation, training, comparison), _CAPTION)
     print(f"Written: {path}, {report}, {picture}")
-    return 0
-
-
-def _evaluate(options: dict[str, Any]) -> int:
-    from gn_kernels.training import checkpoint, data, loop
-    from gn_kernels.training.model import build, prepare
-
-    path, target = Path(options.pop("checkpoint")), options.pop("json")
-    path = path / loop.CHECKPOINT if path.is_dir() else path
-    state = checkpoint.load(path)
-    attack_seed = options.pop("seed", None)
-    settings = loop.settings_of(state, **options)
-    _check_device(settings.device)
-    dataset = data.load(settings)
-    model = build(settings, dataset)
-    prepare(model, settings)
-    loop.load_weights(model, dataset, state)
-    seed = settings.seed if attack_seed is None else attack_seed
-    evaluation = _measure(model, dataset, settings, seed)
-    figures = {
-        "command": "evaluate",
-        "checkpoint": str(path),
-        "step": state["step"],
-        "settings": dataclasses.asdict(settings),
-        "dataset": dataset.summary(),
-        "versions": loop.versions(),
-        "machine": info(),
-        "evaluation": evaluation._asdict(),
-    }
-    if target == "-":
-        print(json.dumps(figures, indent=2))
-        return 0
-    _show(f"{path}, step {state['step']:,}", _evaluation_rows(evaluation))
-    if target is not None:
-        _write_json(Path(target), figures)
-        print(f"Written: {target}")
     return 0
 
 
 def _name(settings: Settings) -> str:
     kernels = "" if settings.swap else "-no-swap"
     return f"{settings.dataset}-{settings.method}-{settings.activation}{kernels}-{settings.seed}"
-
-
-def _check_device(device: str) -> None:
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"device must be cpu or cuda, but got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda needs a GPU, and PyTorch finds none")
 
 
 def _warn_of_changes(state: dict[str, Any]) -> None:
@@ -310,26 +187,6 @@ def _warn_of_changes(state: dict[str, Any]) -> None:
         )
 
 
-def _on(device: str, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    return batch[0].to(device), batch[1].to(device)
-
-
-def _measure(model: torch.nn.Module, dataset: Dataset, settings: Settings, seed: int) -> Evaluation:
-    from gn_kernels.robustness import evaluate
-    from gn_kernels.training.loop import reproducible
-
-    indices = torch.arange(len(dataset.test)).split(_EVALUATION_BATCH)
-    with reproducible(settings):
-        return evaluate(
-            model,
-            (_on(settings.device, dataset.test.batch(part)) for part in indices),
-            eps_255=settings.eps_255,
-            attack_steps=settings.attack_steps,
-            restarts=settings.restarts,
-            seed=seed,
-        )
-
-
 def _one_of_each_class(dataset: Dataset, limit: int) -> torch.Tensor:
     labels = dataset.test.all_labels()
     return torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:limit]])
@@ -337,22 +194,6 @@ def _one_of_each_class(dataset: Dataset, limit: int) -> torch.Tensor:
 
 def _title(settings: Settings) -> str:
     return f"{settings.method} training, {settings.dataset}, {settings.activation}"
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def _evaluation_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
-    return [
-        (f"clean accuracy, {evaluation.images:,} test images", f"{evaluation.clean_accuracy:.1%}"),
-        (
-            f"accuracy under PGD, eps {evaluation.eps_255:g}/255, {evaluation.attack_steps} steps "
-            f"of {evaluation.step_255:.3g}/255, {evaluation.restarts} restarts",
-            f"{evaluation.robust_accuracy:.1%}",
-        ),
-        ("mean L1 norm of the input gradient", f"{evaluation.gradient_norm_l1:.3g}"),
-    ]
 
 
 def _rows(
@@ -363,7 +204,7 @@ def _rows(
 
     steps = training.timing()
     return [
-        *_evaluation_rows(evaluation),
+        *evaluation_rows(evaluation),
         (
             f"training step, {training.settings.batch_size} images, {steps.steps:,} steps",
             f"{milliseconds(steps)}, mean {steps.mean_ms:.1f}",
@@ -376,18 +217,6 @@ def _rows(
             for variant, timing in comparison.timings.items()
         ),
     ]
-
-
-def _show(title: str, rows: list[tuple[str, str]], caption: str | None = None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, caption=caption)
-    table.add_column("figure")
-    table.add_column("value", justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
 @contextlib.contextmanager
@@ -433,7 +262,3 @@ def _lines(steps_per_epoch: int) -> Callable[[Progress], None]:
             )
 
     return observe
-
-
-if __name__ == "__main__":
-    sys.exit(main())
