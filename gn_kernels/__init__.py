@@ -9,6 +9,7 @@ from gn_kernels.attention import AttentionFunction
 from gn_kernels.backend import info, use_backend
 from gn_kernels.functional import activation, attention, gelu, layer_norm, quick_gelu, silu
 from gn_kernels.layer_norm import LayerNormFunction
+from gn_kernels.saving import recompute
 from gn_kernels.swap import SwapReport, swap
 from gn_kernels.version import __version__
 
@@ -27,6 +28,7 @@ __all__ = [
     "nn",
     "penalty",
     "quick_gelu",
+    "recompute",
     "silu",
     "swap",
     "use_backend",

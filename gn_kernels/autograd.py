@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from gn_kernels import saving
+
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -50,7 +52,7 @@ def must_be_transparent() -> bool:
 
 
 def differentiable(
-    name: str, arity: int, kernels: Orders, formula: Orders
+    name: str, arity: int, kernels: Orders, formula: Orders, *, cheap: bool
 ) -> tuple[type[Function], Callable[..., Tensor]]:
     """Attach autograd to a family.
 
@@ -60,11 +62,23 @@ def differentiable(
             that follow are options.
         kernels: the opaque orders.
         formula: the transparent orders.
+        cheap: whether :func:`gn_kernels.recompute` may run the first two orders once more
+            instead of saving what they return: they make one pass over memory.
 
     Returns:
         The autograd Function over the kernels, for plain eager mode, and the function that is
         right in every mode. Both take the inputs, then the options.
     """
+
+    def first_of_backward(wanted: Sequence[bool], options: Any) -> Callable[..., Tensor]:
+        # The gradient of the first input alone: what the layer before saves.
+        alone = tuple(asked and index == 0 for index, asked in enumerate(wanted))
+
+        def compute(grad: Tensor, *saved: Any) -> Tensor:
+            grads = kernels.backward(alone, grad, saved[:arity], saved[arity:], options)
+            return cast(Tensor, grads[0])
+
+        return compute
 
     class ForwardRule(Function):
         @staticmethod
@@ -74,6 +88,8 @@ def differentiable(
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*inputs, *residuals)
             ctx.options = options
+            if cheap and saving.is_active():
+                saving.note(output, lambda *x: kernels.forward(x, options)[0], inputs)
             return output
 
         @staticmethod
@@ -87,6 +103,9 @@ def differentiable(
             if must_be_transparent():
                 grads = formula.backward(wanted, grad, inputs, (), ctx.options)
             elif torch.is_grad_enabled():
+                if cheap and saving.is_active():
+                    saving.note_product(grad)
+                wanted = _asked_for(ctx, inputs, wanted)
                 grads = Backward.apply(wanted, ctx.options, grad, *saved)
             else:
                 grads = kernels.backward(wanted, grad, inputs, residuals, ctx.options)
@@ -98,7 +117,10 @@ def differentiable(
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(grad, *saved)
             ctx.options = options
-            return kernels.backward(wanted, grad, saved[:arity], saved[arity:], options)
+            grads = kernels.backward(wanted, grad, saved[:arity], saved[arity:], options)
+            if cheap and saving.is_active():
+                saving.note(grads[0], first_of_backward(wanted, options), (grad, *saved))
+            return grads
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor | None) -> Gradients:
@@ -155,6 +177,31 @@ def differentiable(
         return cast(Tensor, Forward.apply(*arguments))
 
     return Forward, apply
+
+
+def _asked_for(
+    ctx: Any, inputs: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> tuple[bool, ...]:
+    """Which gradients this backward pass uses.
+
+    ``needs_input_grad`` says which inputs require one: the parameters too, while a penalty asks
+    for the gradient of the images alone. The first input counts as used.
+    """
+    nodes = iter(ctx.next_functions)  # of the tensors among the inputs
+    used = []
+    for index, (value, asked) in enumerate(zip(inputs, wanted, strict=True)):
+        node = None if value is None else next(nodes)[0]
+        used.append(asked and (index == 0 or _will_run(node)))
+    return tuple(used)
+
+
+def _will_run(node: Any) -> bool:
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # its refusal of a leaf whose gradient autograd.grad asks for
+        return True
 
 
 def _named(name: str, rule: type[Function]) -> type[Function]:

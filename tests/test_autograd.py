@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gn_kernels
 from gn_kernels.activation import ACTIVATIONS
+from gn_kernels.layer_norm import op as layer_norm_op
 from tests.small_transformer import (
     PYTORCH,
     expected_gradients,
@@ -294,3 +295,24 @@ def test_distributed_data_parallel(kind):
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     torch.multiprocessing.spawn(_distributed_worker, (2, port, kind), nprocs=2)
+
+
+def test_a_penalty_asks_for_no_parameter_gradient_in_its_first_pass(monkeypatch):
+    # needs_input_grad says True of weight and bias all the while.
+    asked = []
+    real = layer_norm_op._call_backward
+    monkeypatch.setattr(
+        layer_norm_op, "_call_backward", lambda *args: asked.append(args[-1]) or real(*args)
+    )
+    x, weight, bias = (torch.randn(*size, requires_grad=True) for size in ((3, 4), (4,), (4,)))
+
+    def output():
+        return gn_kernels.layer_norm(x * 1.0, (4,), weight, bias).square().sum()
+
+    (gradient,) = torch.autograd.grad(output(), x, create_graph=True)
+    gradient.square().sum().backward()
+    torch.autograd.grad(output(), (x, weight), create_graph=True)
+    output().backward()
+    assert asked[0] == (True, False, False)
+    assert (True, True, False) in asked
+    assert asked[-1] == (True, True, True)

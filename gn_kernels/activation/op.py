@@ -199,4 +199,5 @@ ActivationFunction, apply = differentiable(
     arity=1,
     kernels=Orders(_forward_order, _backward_order, _double_backward_order),
     formula=formula.FORMULA,
+    cheap=True,
 )

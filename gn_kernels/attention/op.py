@@ -486,4 +486,5 @@ AttentionFunction, apply = differentiable(
     arity=4,
     kernels=Orders(_forward_order, _backward_order, _double_backward_order),
     formula=formula.FORMULA,
+    cheap=False,
 )

@@ -388,4 +388,5 @@ LayerNormFunction, apply = differentiable(
     arity=3,
     kernels=Orders(_forward_order, _backward_order, _double_backward_order),
     formula=formula.FORMULA,
+    cheap=True,
 )

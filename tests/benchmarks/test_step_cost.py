@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import step_cost
-from benchmarks.counting import MACHINES
+from benchmarks.counting import MACHINES, Counter
 from benchmarks.step_cost import METHODS, NATURAL, Method, Size
 
 EAGER = next(method for method in METHODS if method.name == "gradient-norm, eager")
@@ -77,3 +77,32 @@ def test_a_method_that_raises_is_a_row_with_its_error():
     assert rows[0]["calls"] > 0
     assert "no second derivative" in rows[1]["error"]
     assert "calls" not in rows[1]
+
+
+# Whole models, batch 64, bfloat16: limits that a change may not cross. Peaks are relative to eager
+# PyTorch's, steps to a natural step of the roofline model of an H100, with the time of products by
+# their FLOP alone and by the larger of both.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "gigabytes", "calls", "steps", "recomputed_peak"),
+    [
+        ("vit_base_patch16_224", 75, 1100, 2.2, 0.5),
+        ("swin_base_patch4_window7_224", 160, 3000, 2.5, 0.6),
+    ],
+)
+def test_a_whole_model_stays_within_its_limits(model, gigabytes, calls, steps, recomputed_peak):
+    methods = {method.name: method for method in step_cost.METHODS}
+    natural, eager, ours, recomputed = (
+        step_cost.count(methods[name], model)
+        for name in (
+            "natural",
+            "gradient-norm, eager",
+            "gradient-norm, gn_kernels",
+            "gradient-norm, gn_kernels, recompute",
+        )
+    )
+    assert ours.counter.bytes <= 1e9 * gigabytes
+    assert len(ours.counter.ops) <= calls
+    for seconds in (Counter.seconds, Counter.seconds_without_product_bytes):
+        assert seconds(ours.counter, H100) <= steps * seconds(natural.counter, H100)
+    assert recomputed.peak <= recomputed_peak * eager.peak
