@@ -31,6 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gn_kernels import backend, functional
 from gn_kernels import nn as gn_nn
@@ -294,7 +296,9 @@ def _why_left(module: nn.Module, name: str) -> str | None:
     if files and not isinstance(module, nn.MultiheadAttention):
         if type(module).__module__ not in files:
             return _UNKNOWN  # a subclass
-        return _SECOND_ZERO if _plain(type(module).__name__) in _PIECEWISE_LINEAR else _NO_KERNEL
+        if _plain(type(module).__name__) in _PIECEWISE_LINEAR:
+            return _SECOND_ZERO
+        return _NO_KERNEL + _cost(module)
     if _ACTIVATION_NAME.fullmatch(name) and not any(module.children()):
         return _UNKNOWN
     return None
@@ -318,8 +322,47 @@ def _swap_attributes(module: nn.Module, path: str, changes: list[_Change]) -> It
         elif _ACTIVATION_NAME.fullmatch(name):
             linear = _plain(function.__name__) in _PIECEWISE_LINEAR
             known = function.__module__ in (*_ACTIVATION_FILES, "torch.nn.functional", "torch")
-            reason = _SECOND_ZERO if linear else _NO_KERNEL if known else _UNKNOWN
+            no_kernel = _NO_KERNEL + (_cost(value) if known else "")
+            reason = _SECOND_ZERO if linear else no_kernel if known else _UNKNOWN
             yield SwapRow(name, attribute, None, reason)
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts the numbers that operations read and write; views and allocations are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if not function.is_view and "empty" not in function.__name__:
+            tensors = (leaf for leaf in tree_leaves((args, kwargs, output)))
+            self.numbers += sum(leaf.numel() for leaf in tensors if isinstance(leaf, Tensor))
+        return output
+
+
+def _cost(activation: Callable[[Tensor], Tensor]) -> str:
+    """What an activation without a kernel moves in the three orders, counted on meta tensors."""
+    call = (
+        type(activation).forward.__get__(activation)
+        if isinstance(activation, nn.Module)
+        else activation
+    )
+    try:
+        with torch.enable_grad(), _Traffic() as traffic:
+            x, grad = (torch.empty(64, 64, device="meta", requires_grad=True) for _ in range(2))
+            y = call(x)
+            (gradient,) = torch.autograd.grad(y, x, grad, create_graph=True)
+            torch.autograd.grad(gradient, (grad, x), torch.empty_like(x), allow_unused=True)
+    except Exception:  # whatever a foreign module makes of a meta tensor: then it is not known
+        return ""
+    return (
+        f": {traffic.numbers / x.numel():.0f} tensors moved in the three orders, where a kernel "
+        "moves 10"
+    )
 
 
 def _row(found: Any, module: nn.Module) -> SwapRow:

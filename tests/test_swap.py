@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import gn_kernels
+from benchmarks.counting import Counter
 from gn_kernels.swap import attention, swap
 
 from .small_transformer import relative_error, weight_gradients
@@ -799,3 +800,14 @@ def test_neither_timm_nor_transformers_is_imported():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Mish(), nn.Softmax(dim=-1)])
+def test_what_is_left_says_what_it_costs(activation):
+    x, grad = (torch.empty(32, 32, device="meta", requires_grad=True) for _ in range(2))
+    with Counter() as counter:  # the benchmarks' own
+        (gradient,) = torch.autograd.grad(activation(x), x, grad, create_graph=True)
+        torch.autograd.grad(gradient, (grad, x), torch.empty_like(x), allow_unused=True)
+    tensors = round(counter.bytes / (4 * x.numel()))
+    assert tensors > 10
+    assert f": {tensors} tensors moved in the three orders" in str(swap(activation))

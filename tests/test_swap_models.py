@@ -47,11 +47,17 @@ def enlarge(model: nn.Module) -> nn.Module:
 
 
 VIT = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}
+DINO = {**VIT, "img_size": 28}
 TIMM = {  # model: its arguments, how many sites are swapped and left
     "vit_tiny_patch16_224": (VIT, 9, 0),
     "deit_tiny_distilled_patch16_224": (VIT, 9, 0),
     "vit_tiny_patch16_224 tanh": ({**VIT, "act_layer": "gelu_tanh"}, 9, 0),
     "vit_tiny_patch16_224 quick": ({**VIT, "act_layer": "quick_gelu"}, 9, 0),
+    "vit_tiny_patch16_224 qk_norm": ({**VIT, "qk_norm": True}, 13, 0),
+    # LayerScale, at first 1e-5: the residual would be all there is
+    "vit_small_patch14_dinov2": ({**DINO, "init_values": 0.5}, 9, 0),
+    "vit_small_patch14_reg4_dinov2": ({**DINO, "init_values": 0.5}, 9, 0),
+    "vit_giant_patch14_dinov2": ({**DINO, "init_values": 0.5}, 9, 0),  # SwiGLU
     "swin_tiny_patch4_window7_224": (
         {
             "img_size": 56,
@@ -104,6 +110,22 @@ def test_timm(name):
     assert [type(module) for module in model.modules()] == types
     model.load_state_dict(state)  # training moved the statistics of batch norm
     assert torch.equal(model.eval()(x), outputs)
+
+
+def test_drop_path():
+    # The same paths are dropped, and the others scaled.
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    TIMM["vit_tiny_patch16_224 drop_path"] = ({**VIT, "drop_path_rate": 0.6}, 9, 0)
+    models = [make_timm("vit_tiny_patch16_224 drop_path", fused=False).train() for _ in range(2)]
+    swap(models[1])
+    results = []
+    for model in models:
+        torch.manual_seed(3)
+        results.append(gradients(call, model, x))
+    assert_same(results[1], results[0])
+    torch.manual_seed(4)
+    other = gradients(call, models[0], x)
+    assert any(not torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
 def test_a_stock_vit_raises():
