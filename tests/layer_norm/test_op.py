@@ -51,7 +51,8 @@ def test_numbers_moved_through_autograd_on_meta(dtype):
         torch.autograd.grad(dx, (grad, x, weight), torch.empty_like(dx))
     assert calls.numbers == {
         "forward": 2 * rows * n + 2 * n + 2 * rows,
-        "backward": 3 * rows * n + 4 * n + 2 * rows,
+        # dx alone was asked for: neither dweight nor dbias is computed.
+        "backward": 3 * rows * n + 2 * n + 2 * rows,
         "double_backward": 5 * rows * n + 2 * n + 2 * rows,
     }
 
