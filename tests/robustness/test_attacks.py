@@ -103,6 +103,37 @@ def test_linear_model_is_broken_at_the_minimal_eps_and_not_below():
             torch.testing.assert_close(attacked, expected, rtol=0, atol=1e-12)
 
 
+def test_the_last_point_costs_one_forward_less_and_takes_soft_labels(model, batch):
+    images, labels = batch
+    model.eval()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(0))
+
+    def attack(labels, **options):
+        generator = torch.Generator().manual_seed(0)
+        calls.clear()
+        options = {"steps": 3, "step_size": 0.04, "generator": generator, **options}
+        return pgd(model, images, labels, 0.1, **options)
+
+    last = attack(labels, keep="last")
+    assert len(calls) == 3
+    one_hot = torch.nn.functional.one_hot(labels, 3).float()
+    torch.testing.assert_close(attack(one_hot, keep="last"), last, rtol=0, atol=1e-6)
+    # Written out: three steps from the same start, none of them judged.
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    lower, upper = (images - 0.1).clamp(0, 1), (images + 0.1).clamp(0, 1)
+    point = (images + 0.1 * (2 * noise - 1)).clamp(lower, upper)
+    for _ in range(3):
+        point.requires_grad_()
+        (gradient,) = torch.autograd.grad(cross_entropy(model(point), labels), point)
+        point = (point.detach() + 0.04 * gradient.sign()).clamp(lower, upper)
+    torch.testing.assert_close(last, point, rtol=0, atol=1e-6)
+    soft = torch.rand(64, 3).softmax(1)
+    worst = attack(soft, restarts=2)
+    assert len(calls) == 8
+    assert (_losses(model, worst, soft) >= _losses(model, attack(soft), soft)).all()
+
+
 def test_fgsm_is_its_formula(model, batch):
     images, labels = batch
     model.eval()
@@ -148,8 +179,17 @@ def test_works_without_grad_mode_and_repeats_with_the_same_generator(model, batc
         assert not torch.equal(attack(0), attack(1))
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"restarts": 0}, {"eps": -0.1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"restarts": 0},
+        {"eps": -0.1},
+        {"keep": "all"},
+        {"keep": "last", "restarts": 2},
+    ],
+)
 def test_nonsense_is_refused(model, batch, wrong):
     options = {"eps": 0.1, "steps": 1, "step_size": 0.1, **wrong}
-    with pytest.raises(ValueError, match="at least"):
+    with pytest.raises(ValueError, match=r"at least|keep must"):
         pgd(model, *batch, **options)
