@@ -24,7 +24,7 @@ from gn_kernels.cli.common import (
     show,
     write_json,
 )
-from gn_kernels.training.recipe import PRESETS, InputError, Settings
+from gn_kernels.training.settings import DEFAULTS, GROUPS, InputError, Settings
 
 if TYPE_CHECKING:
     from gn_kernels.cli import Commands
@@ -36,12 +36,14 @@ _CAPTION = (
     "Times: median [20th, 80th percentile]. The steps timed again take turns, on copies; x is the "
     "speed relative to PyTorch."
 )
+_METAVARS = {"int": "N", "float": "X", "str": "TEXT", "tuple[float, ...]": "X,X,..."}
 _NEEDED = ("matplotlib", "rich", "sklearn", "timm", "torchvision")
 
 
 def add_to(commands: Commands) -> None:
     train = commands.add_parser(
         "train",
+        usage="gn-kernels train [OPTION ...]",
         help="train a model, measure it, and write a report",
         description="Train a small Vision Transformer on scikit-learn's digits with the "
         "gradient-norm penalty (about a minute on two CPU cores), measure its accuracy with and "
@@ -60,24 +62,36 @@ def add_to(commands: Commands) -> None:
     train.add_argument(
         "--save-every-steps", type=positive, metavar="N", help="checkpoint interval (an epoch)"
     )
-    recipe = train.add_argument_group("recipe")
+    groups = {name: train.add_argument_group(name, text) for name, text in GROUPS.items()}
     for field in dataclasses.fields(Settings):
-        name = "--" + field.name.replace("_", "-")
-        # Absent options stay absent: a preset or a checkpoint may say otherwise than the default.
-        common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"]}
-        if isinstance(field.default, bool):
-            common["help"] += f" ({name if field.default else '--no-' + name[2:]})"
-            recipe.add_argument(name, action=argparse.BooleanOptionalAction, **common)
-            continue
-        if field.default is not None:
-            common["help"] += f" ({field.default})"
-        recipe.add_argument(
-            name,
-            type=str if field.default is None else type(field.default),
-            choices=field.metadata["choices"] or None,
-            metavar=None if field.metadata["choices"] else field.name.split("_")[-1].upper(),
-            **common,
+        _add_option(groups[field.metadata["group"]], field)
+
+
+def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:
+    name = "--" + field.name.replace("_", "-")
+    text = field.metadata["help"].replace("%", "%%")
+    kind = str(field.type).removesuffix(" | None")
+    # Absent options stay absent: a checkpoint may say otherwise than the default.
+    if kind == "bool":
+        text += f" ({name if field.default else '--no-' + name[2:]})"
+        group.add_argument(
+            name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
         )
+        return
+    if field.default not in (None, ()):
+        text += f" ({field.default})"
+    group.add_argument(
+        name,
+        type={"int": int, "float": float, "str": str}.get(kind, _numbers),
+        default=argparse.SUPPRESS,
+        help=text,
+        choices=field.metadata["choices"] or None,
+        metavar=None if field.metadata["choices"] else _METAVARS[kind],
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(",") if part)
 
 
 def _train(options: dict[str, Any]) -> int:
@@ -89,7 +103,7 @@ def _train(options: dict[str, Any]) -> int:
 
     output, resume = options.pop("output"), options.pop("resume")
     overwrite, save_every_steps = options.pop("overwrite"), options.pop("save_every_steps")
-    settings = Settings(**{**PRESETS[options.get("dataset", "digits")], **options})
+    settings = Settings(**{**DEFAULTS[options.get("dataset", "digits")], **options})
     folder = Path(output or f"runs/{_name(settings)}")
     path = folder / loop.CHECKPOINT
     state = None
@@ -169,7 +183,14 @@ def _train(options: dict[str, Any]) -> int:
 
 def _name(settings: Settings) -> str:
     kernels = "" if settings.swap else "-no-swap"
-    return f"{settings.dataset}-{settings.method}-{settings.activation}{kernels}-{settings.seed}"
+    return f"{settings.dataset}-{settings.method}-{_model(settings)}{kernels}-{settings.seed}"
+
+
+def _model(settings: Settings) -> str:
+    if settings.model == "vit":
+        return settings.activation or "gelu"
+    name = settings.model.rpartition(":")[2].replace("/", "_")
+    return f"{name}-{settings.activation}" if settings.activation else name
 
 
 def _warn_of_changes(state: dict[str, Any]) -> None:
@@ -193,7 +214,7 @@ def _one_of_each_class(dataset: Dataset, limit: int) -> torch.Tensor:
 
 
 def _title(settings: Settings) -> str:
-    return f"{settings.method} training, {settings.dataset}, {settings.activation}"
+    return f"{settings.method} training, {settings.dataset}, {_model(settings)}"
 
 
 def _rows(

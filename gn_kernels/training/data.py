@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gn_kernels.training.recipe import InputError, Settings
+from gn_kernels.training.settings import InputError, Settings
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 _FASHION_CLASSES = (

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gn_kernels.swap import SwapReport, swap
 from gn_kernels.training.data import Dataset
-from gn_kernels.training.recipe import Settings
-
-
-class Normalise(nn.Module):
-    """(x − mean)/std for each channel, so that attacks and penalties see pixels in [0, 1].
-
-    Args:
-        mean, std: one number for each channel.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.std
+from gn_kernels.training.normalise import Normalise
+from gn_kernels.training.settings import Settings
 
 
 def build(settings: Settings, data: Dataset) -> nn.Module:
@@ -42,10 +23,12 @@ def build(settings: Settings, data: Dataset) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     layers: dict[str, Callable[[], nn.Module]] = {
+        "relu": nn.ReLU,
         "gelu": nn.GELU,
         "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
         "silu": nn.SiLU,
         "quick_gelu": QuickGELU,
+        "softplus": nn.Softplus,
     }
     transformer = VisionTransformer(
         img_size=settings.image_size,
@@ -57,7 +40,7 @@ def build(settings: Settings, data: Dataset) -> nn.Module:
         num_heads=settings.num_heads,
         class_token=False,
         global_pool="avg",
-        act_layer=layers[settings.activation],
+        act_layer=layers[settings.activation or "gelu"],
     )
     model = nn.Sequential()
     model.add_module("normalise", Normalise(data.mean, data.std))

@@ -1,114 +1,46 @@
-"""What is trained and how: the settings, the schedules, and one function for each method."""
+"""What is minimised and at which rate: one function for each method, and the schedules."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical, RelaxedOneHotCategorical
 from torch.nn.functional import cross_entropy
 
-from gn_kernels.penalty import gradient_norm
+from gn_kernels.penalty import finite_difference_norm, gradient_norm, input_gradient
+from gn_kernels.robustness.contour import contour_energy
+from gn_kernels.training.normalise import Normalise
+from gn_kernels.training.settings import (
+    ACTIVATIONS,
+    DATASETS,
+    DEFAULTS,
+    DEVICES,
+    InputError,
+    Settings,
+)
 
-DATASETS = ("digits", "fashion-mnist", "folder")
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "quick_gelu")
-DEVICES = ("cpu", "cuda")
-
-
-class InputError(ValueError):
-    """What the user gave can't be used; the message is one sentence that tells why."""
-
-
-def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Everything that decides the weights of a run, and the figures of its report.
-
-    Each field is an option of ``gn-kernels train``, with the help given here. Lengths of the pixel
-    space are in 1/255 (``eps_255``), since images are in [0, 1].
-
-    Raises:
-        InputError: a value is out of its range.
-    """
-
-    method: str = _setting("gradnorm", "what is minimised", ("natural", "gradnorm"))
-    dataset: str = _setting("digits", "what is trained on", DATASETS)
-    data: str | None = _setting(
-        None, "folder of the data: class subfolders, or Fashion-MNIST's four IDX files"
-    )
-    image_size: int = _setting(8, "side of the model's input, in pixels")
-
-    activation: str = _setting("gelu", "activation of the MLPs", ACTIVATIONS)
-    swap: bool = _setting(True, "train with the fused kernels of gn_kernels")
-    patch_size: int = _setting(2, "side of a patch, in pixels")
-    embed_dim: int = _setting(48, "width of the Vision Transformer")
-    depth: int = _setting(3, "number of its blocks")
-    num_heads: int = _setting(3, "heads of its attention")
-
-    epochs: int = _setting(40, "passes over the training images")
-    batch_size: int = _setting(64, "images in a step; an epoch's remainder is left out")
-    lr: float = _setting(6e-3, "peak learning rate of AdamW")
-    lr_min: float = _setting(1e-5, "learning rate at the end of the cosine")
-    warmup_epochs: float = _setting(4.0, "epochs of linear warm-up")
-    weight_decay: float = _setting(0.05, "of AdamW, on matrices only")
-    clip_norm: float = _setting(1.0, "limit of the weight gradient's L2 norm in a step")
-    label_smoothing: float = _setting(0.1, "of the training loss")
-
-    eps_255: float = _setting(16.0, "strength of the penalty and of the attack, in 1/255")
-    weight_ce: float = _setting(0.8, "weight of the cross-entropy under gradnorm")
-    weight_gradnorm: float = _setting(1.2, "weight of the penalty under gradnorm")
-    ramp_start: float = _setting(0.0, "factor of the penalty at the first step")
-    ramp_per_epoch: float = _setting(0.2, "what an epoch adds to the factor")
-    ramp_max: float = _setting(1.0, "limit of the factor")
-
-    attack_steps: int = _setting(20, "steps of PGD in the evaluation")
-    restarts: int = _setting(2, "random starts of PGD, of which the worst counts")
-
-    seed: int = _setting(0, "of the weights, the order of the images, and the attack")
-    threads: int = _setting(
-        1, "CPU threads: the last bits depend on them; a small model gains nothing from more"
-    )
-    device: str = _setting("cpu", "where the model runs", DEVICES)
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
-            if choices and value not in choices:
-                raise InputError(
-                    f"{field.name} must be one of {', '.join(choices)}, but got {value!r}"
-                )
-            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{field.name} must be finite and at least 0, but got {value}")
-            least = 0 if field.name == "seed" else 1
-            if type(value) is int and value < least:
-                raise InputError(f"{field.name} must be at least {least}, but got {value}")
-        if self.image_size % self.patch_size:
-            raise InputError(
-                f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
-            )
-        if self.embed_dim % self.num_heads:
-            raise InputError(
-                f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}"
-            )
-        if self.warmup_epochs >= self.epochs:
-            raise InputError(
-                f"warmup_epochs {self.warmup_epochs} must be below epochs {self.epochs}"
-            )
-        if self.label_smoothing >= 1:
-            raise InputError(f"label_smoothing must be below 1, but got {self.label_smoothing}")
-
-
-# What other data sets than the digits need to be trained in reasonable time.
-PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {},
-    "fashion-mnist": {"image_size": 28, "patch_size": 4, "epochs": 3, "warmup_epochs": 0.5},
-    "folder": {"image_size": 32, "patch_size": 4},
-}
+__all__ = [
+    "ACTIVATIONS",
+    "DATASETS",
+    "DEFAULTS",
+    "DEVICES",
+    "METHODS",
+    "InputError",
+    "Losses",
+    "Method",
+    "Settings",
+    "adversarial",
+    "edge",
+    "gradnorm",
+    "learning_rate",
+    "natural",
+    "penalty_factor",
+]
 
 
 class Losses(NamedTuple):
@@ -125,48 +57,205 @@ class Losses(NamedTuple):
     penalty: Tensor
 
 
-Method = Callable[[nn.Module, Tensor, Tensor, float, Settings], Losses]
+class Method(Protocol):
+    """One of :data:`METHODS`.
+
+    Args:
+        model: pixels in [0, 1] to logits; normalises its input itself.
+        images: (B, C, H, W), pixels in [0, 1].
+        targets: class indices (B,), to which label smoothing is applied; or probabilities (B, K),
+            as mixup makes them, which are taken as they are.
+        epoch: epochs done, with their fraction.
+        settings: of the run.
+        scale: of a GradScaler. The gradients inside the method are taken of scale·loss and
+            unscaled at once; the returned losses are not scaled.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        targets: Tensor,
+        epoch: float,
+        settings: Settings,
+        scale: float = 1.0,
+    ) -> Losses: ...
 
 
 def natural(
-    model: nn.Module, images: Tensor, labels: Tensor, epoch: float, settings: Settings
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    epoch: float,
+    settings: Settings,
+    scale: float = 1.0,
 ) -> Losses:
-    """Cross-entropy on the images as they are: the baseline."""
-    loss = cross_entropy(model(images), labels, label_smoothing=settings.label_smoothing)
+    """Cross-entropy on the images as they are: the baseline. Arguments: :class:`Method`."""
+    loss = cross_entropy(model(images), targets, label_smoothing=_smoothing(targets, settings))
     return Losses(loss, loss.detach(), loss.new_zeros(()))
 
 
 def gradnorm(
-    model: nn.Module, images: Tensor, labels: Tensor, epoch: float, settings: Settings
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    epoch: float,
+    settings: Settings,
+    scale: float = 1.0,
 ) -> Losses:
     r"""Cross-entropy and the norm of its gradient with respect to the pixels.
 
     .. math::
-        \lambda_{CE} \, CE + \lambda_{GN} \, a(t) \, \varepsilon \,
-        \frac{1}{B} \sum_i \lVert \nabla_{x_i} CE_i \rVert_1
+        \lambda_{CE} \, CE + \lambda_{GN} \, a(t) \, \frac{1}{B} \sum_i
+        \max(\varepsilon \lVert w \circ \nabla_{x_i} CE_i \rVert - \theta, 0)
 
-    a(t) is :func:`penalty_factor`. The samples must not interact: BatchNorm needs eval mode.
+    a(t) is :func:`penalty_factor`; the norm is L1 unless ``norm`` says otherwise, w is
+    ``channel_weights``, θ is ``threshold``. With ``sigma`` s above 0 the gradient is that with
+    respect to the normalised image, over s: w is multiplied by σ_c/s, σ_c being the model's own
+    standard deviations. The samples must not interact: BatchNorm must be frozen.
 
-    Args:
-        model: twice differentiable; normalises its input itself.
-        images: (B, C, H, W), pixels in [0, 1].
-        labels: (B,), class indices.
-        epoch: epochs done, with their fraction.
-        settings: the weights, ``eps_255`` and the ramp.
+    With ``random_start_255`` or ``adversarial_start`` both terms are taken at moved images:
+    x + U(−r, r) clamped to [0, 1], or the images that :func:`adversarial` trains on.
+
+    With ``differentiate`` "finite-differences" the penalty is that of
+    :func:`gn_kernels.penalty.finite_difference_norm`, whose accuracy is stated there.
+
+    Arguments: :class:`Method`; model must be twice differentiable.
 
     Returns:
-        The losses; ``penalty`` is ε times the mean norm, in units of the cross-entropy.
+        The losses; ``penalty`` is the mean under the weight λ_GN·a(t), in units of the
+        cross-entropy.
 
     Source: Rodríguez-Muñoz, Wang, Torralba, ECCV 2024, https://arxiv.org/abs/2409.20139.
     """
-    images = images.detach().requires_grad_()
-    loss = cross_entropy(model(images), labels, label_smoothing=settings.label_smoothing)
-    penalty = settings.eps_255 / 255 * gradient_norm(loss, images)
+    if settings.random_start_255 > 0:
+        radius = settings.random_start_255 / 255
+        images = (images + radius * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
+    if settings.adversarial_start:
+        images = _attacked_images(model, images, targets, epoch, settings, scale)
+    eps = settings.eps_255 / 255
+    smoothing = _smoothing(targets, settings)
+    weights = _channel_weights(model, images, settings)
+    # max(ε‖·‖ − θ, 0) = ε·max(‖·‖ − θ/ε, 0)
+    threshold = settings.threshold / eps if eps else 0.0
+    if settings.differentiate == "finite-differences":
+
+        def losses(points: Tensor) -> Tensor:
+            return cross_entropy(
+                model(points), targets, reduction="none", label_smoothing=smoothing
+            )
+
+        norm, each = finite_difference_norm(
+            losses,
+            images,
+            settings.norm,
+            step=settings.difference_255 / 255,
+            channel_weights=weights,
+            threshold=threshold,
+            scale=scale,
+        )
+        loss = each.mean()
+    else:
+        images = images.detach().requires_grad_()
+        loss = cross_entropy(model(images), targets, label_smoothing=smoothing)
+        norm = gradient_norm(
+            loss,
+            images,
+            settings.norm,
+            channel_weights=weights,
+            threshold=threshold,
+            scale=scale,
+        )
+    penalty = eps * norm
     weight = settings.weight_gradnorm * penalty_factor(epoch, settings)
     return Losses(settings.weight_ce * loss + weight * penalty, loss.detach(), penalty.detach())
 
 
-METHODS: dict[str, Method] = {"natural": natural, "gradnorm": gradnorm}
+def adversarial(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    epoch: float,
+    settings: Settings,
+    scale: float = 1.0,
+) -> Losses:
+    r"""Cross-entropy on attacked images alone.
+
+    .. math::
+        x_0 = \Pi(x + u), \; u \sim U(-r, r)^d, \qquad
+        x_{t+1} = \Pi(x_t + \alpha \, \mathrm{sign} \, \nabla_x CE(x_t, y)), \qquad
+        L = CE(x_k, y)
+
+    r is ``attack_eps_255`` (or ``eps_255``), k is ``pgd_steps``, Π projects on
+    {‖x′ − x‖∞ ≤ r} ∩ [0, 1]ᵈ, and α is ``pgd_step_255``, 2r/k unless it is given, or 1.25·r for a
+    single step (FGSM from a random start), times min(⌊epoch⌋, n)/n with ``pgd_warmup_epochs`` n.
+    The model is in eval mode while it is attacked.
+
+    Arguments: :class:`Method`.
+
+    Source: Madry et al., https://arxiv.org/abs/1706.06083; the step's warm-up and length as in
+    https://arxiv.org/abs/2409.20139; the single step: Wong et al.,
+    https://arxiv.org/abs/2001.03994.
+    """
+    attacked = _attacked_images(model, images, targets, epoch, settings, scale)
+    return natural(model, attacked, targets, epoch, settings)
+
+
+def edge(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    epoch: float,
+    settings: Settings,
+    scale: float = 1.0,
+) -> Losses:
+    r"""Cross-entropy, and input gradients that look like the contours of the image.
+
+    .. math::
+        CE + a(t) \, MSE\left(\frac{G}{\mathrm{rms}(G)}, \frac{E}{\mathrm{rms}(E)}\right)
+
+    E is :func:`gn_kernels.robustness.contour_energy` of the normalised images, the same for every
+    channel; rms is over the whole batch, so that only the shape of G counts;
+    a = min(edge_weight + edge_weight_per_epoch·⌊epoch⌋, edge_weight_max). G is a gradient with
+    respect to the normalised images, by ``edge_variant``:
+
+    * logit: of Σᵢ zᵢ[cᵢ], the class cᵢ drawn with the logits zᵢ/T, T = ``edge_temperature``;
+    * saliency: the largest magnitude of that over the channels, one channel;
+    * loss: of the mean cross-entropy;
+    * smooth: of Σᵢ ⟨rᵢ, zᵢ⟩, rᵢ a relaxed one-hot sample of the logits zᵢ at temperature T, which
+      is differentiated as well.
+
+    E is positive, so the signed variants make gradients positive too. No norm is penalised.
+
+    Arguments: :class:`Method`; model must be twice differentiable.
+
+    Returns:
+        The losses; ``penalty`` is the mean squared error.
+
+    Source: Rodríguez-Muñoz, Wang, Torralba, ECCV 2024, section 5.3,
+    https://arxiv.org/abs/2409.20139. Relaxed samples: Maddison et al.,
+    https://arxiv.org/abs/1611.00712.
+    """
+    images = images.detach().requires_grad_()
+    logits = model(images)
+    loss = cross_entropy(logits, targets, label_smoothing=_smoothing(targets, settings))
+    mean, std = _normalisation(model, images)
+    gradient = std * input_gradient(_edge_objective(logits, loss, settings), images, scale=scale)
+    energy = contour_energy((images.detach() - mean) / std, settings.edge_scale).to(gradient)
+    if settings.edge_variant == "saliency":
+        gradient = gradient.abs().amax(1, keepdim=True)
+    error = (_over_rms(gradient) - _over_rms(energy)).square().mean()
+    weight = settings.edge_weight + settings.edge_weight_per_epoch * math.floor(epoch)
+    total = loss + min(weight, settings.edge_weight_max) * error
+    return Losses(total, loss.detach(), error.detach())
+
+
+METHODS: dict[str, Method] = {
+    "natural": natural,
+    "gradnorm": gradnorm,
+    "adversarial": adversarial,
+    "edge": edge,
+}
 
 
 def penalty_factor(epoch: float, settings: Settings) -> float:
@@ -175,9 +264,104 @@ def penalty_factor(epoch: float, settings: Settings) -> float:
 
 
 def learning_rate(epoch: float, settings: Settings) -> float:
-    """Linear warm-up from ``lr_min`` to ``lr``, then half a cosine back to ``lr_min``."""
-    span = settings.lr - settings.lr_min
+    """Linear warm-up from ``warmup_lr`` to ``lr``, then half a cosine down to ``lr_min``."""
     if epoch < settings.warmup_epochs:
-        return settings.lr_min + span * epoch / settings.warmup_epochs
+        start = settings.lr_min if settings.warmup_lr is None else settings.warmup_lr
+        return start + (settings.lr - start) * epoch / settings.warmup_epochs
+    span = settings.lr - settings.lr_min
     progress = (epoch - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)
     return settings.lr_min + span * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _smoothing(targets: Tensor, settings: Settings) -> float:
+    # Mixed targets have been smoothed before they were mixed.
+    return 0.0 if targets.is_floating_point() else settings.label_smoothing
+
+
+def _attacked_images(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    epoch: float,
+    settings: Settings,
+    scale: float,
+) -> Tensor:
+    """The last point of PGD, detached. No parameter's ``grad`` is touched."""
+    # The attack's forward passes are none that DDP has to know of: only input gradients are taken.
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    smoothing = _smoothing(targets, settings)
+    radius, steps = settings.attack_radius_255 / 255, settings.pgd_steps
+    length = radius * (1.25 if steps == 1 else 2 / steps)
+    if settings.pgd_step_255 is not None:
+        length = settings.pgd_step_255 / 255
+    if settings.pgd_warmup_epochs > 0:
+        length *= min(math.floor(epoch) / settings.pgd_warmup_epochs, 1.0)
+    images = images.detach()
+    lower, upper = (images - radius).clamp(0, 1), (images + radius).clamp(0, 1)
+    point = torch.clamp(images + radius * (2 * torch.rand_like(images) - 1), lower, upper)
+    reference = settings.pgd_gradients == "reference"
+    parameters = [p for p in inner.parameters() if p.requires_grad] if reference else []
+    with _in_eval_mode(inner), torch.enable_grad():
+        for _ in range(steps):
+            point.requires_grad_()
+            loss = cross_entropy(inner(point), targets, label_smoothing=smoothing)
+            gradient = torch.autograd.grad(loss * scale, [point, *parameters], allow_unused=True)[0]
+            assert gradient is not None
+            point = (point.detach() + length * gradient.sign()).clamp(lower, upper)
+        if reference:
+            with torch.no_grad():
+                inner(point)
+    return point
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _edge_objective(logits: Tensor, loss: Tensor, settings: Settings) -> Tensor:
+    """What edge training differentiates with respect to the images, one number a sample."""
+    if settings.edge_variant == "loss":
+        return loss
+    # Probabilities in float32: under autocast the logits are not.
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if settings.edge_variant == "smooth":
+        temperature = logits.new_tensor(settings.edge_temperature)
+        sample = RelaxedOneHotCategorical(temperature, logits=logits).rsample()
+        return (sample * logits).sum(1)
+    classes = Categorical(logits=logits.detach() / settings.edge_temperature).sample()
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+def _over_rms(x: Tensor) -> Tensor:
+    # A batch without any contour, or without any gradient, stays 0 instead of becoming NaN.
+    return x / x.square().mean().clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+
+
+def _normalisation(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation that the model normalises with; 0 and 1 if it does not."""
+    for module in model.modules():
+        if isinstance(module, Normalise):
+            return module.mean.to(images), module.std.to(images)
+    return images.new_zeros(()), images.new_ones(())
+
+
+def _channel_weights(model: nn.Module, images: Tensor, settings: Settings) -> Tensor | None:
+    weights = None
+    if settings.channel_weights:
+        weights = images.new_tensor(settings.channel_weights)
+        if len(weights) != images.shape[1]:
+            raise InputError(
+                f"channel_weights must be {images.shape[1]} numbers, one for each channel of the "
+                f"images, but got {len(weights)}"
+            )
+    if settings.sigma > 0:
+        std = _normalisation(model, images)[1].flatten().expand(images.shape[1])
+        weights = std / settings.sigma * (1 if weights is None else weights)
+    return weights

@@ -33,8 +33,8 @@ def noisy(monkeypatch):
     """gradnorm at randomly moved images: a method that draws from the global generator."""
     original = recipe.METHODS["gradnorm"]
 
-    def method(model, images, labels, epoch, settings):
+    def method(model, images, targets, epoch, settings, scale=1.0):
         moved = (images + 0.05 * torch.randn_like(images)).clamp(0, 1)
-        return original(model, moved, labels, epoch, settings)
+        return original(model, moved, targets, epoch, settings, scale)
 
     monkeypatch.setitem(recipe.METHODS, "gradnorm", method)

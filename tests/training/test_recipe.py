@@ -78,7 +78,7 @@ def test_learning_rate():
     "changes",
     [
         {"method": "magic"},
-        {"activation": "relu"},
+        {"activation": "magic"},
         {"eps_255": -1.0},
         {"lr": math.nan},
         {"epochs": 0},
@@ -98,6 +98,6 @@ def test_settings_refuse_nonsense_in_one_sentence(changes):
 def test_every_method_and_dataset_is_an_option():
     fields = {field.name: field for field in dataclasses.fields(Settings)}
     assert fields["method"].metadata["choices"] == tuple(METHODS)
-    assert set(recipe.PRESETS) == set(recipe.DATASETS)
-    for name, preset in recipe.PRESETS.items():
-        Settings(**preset, dataset=name)
+    assert set(recipe.DEFAULTS) == set(recipe.DATASETS)
+    for name, defaults in recipe.DEFAULTS.items():
+        Settings(**defaults, dataset=name)
