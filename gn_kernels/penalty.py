@@ -165,6 +165,11 @@ def finite_difference_norm(
     element moves by more than ``step``. Its derivative with respect to the weights is that of
     gradient_norm up to O(h²) and up to the rounding of ℓ divided by h.
 
+    The weight gradient of a GELU network of three layers was off by 2e-5 (relative, L2) in float32
+    at step 1/255, where double backprop is off by 2e-7; in bfloat16, which rounds the losses most,
+    by 14 % (L1) and 32 % (L2) at step 1/255 and by 2 % at 16/255, where double backprop is off by
+    2 % and 0.4 % (``tests/test_penalty.py`` holds bounds for these).
+
     Args:
         losses: from images like ``x`` to the losses of the samples, (B,).
         x: of shape (B, …); needs no gradient.

@@ -183,7 +183,7 @@ class Settings:
     )
     difference_255: float = _setting(
         "gradnorm",
-        0.25,
+        1.0,
         "largest change of a pixel in finite differences, in 1/255",
         least=1e-6,
     )
