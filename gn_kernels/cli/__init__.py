@@ -14,7 +14,11 @@ from gn_kernels.cli import evaluate, train
 from gn_kernels.training.recipe import InputError
 
 Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
-_OPTIONAL = ("matplotlib", "rich", "sklearn", "timm", "torchvision")
+# What may be missing, and the extra that brings it.
+_OPTIONAL = {
+    **dict.fromkeys(("matplotlib", "rich", "sklearn", "timm", "torchvision"), "train"),
+    "pyautoattack": "eval",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,11 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"gn-kernels: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in _OPTIONAL:
+        extra = _OPTIONAL.get((error.name or "").split(".")[0])
+        if extra is None:
             raise
         print(
             f"gn-kernels: this needs {error.name}, which is not installed: "
-            "pip install 'gn_kernels[train]'",
+            f"pip install 'gn_kernels[{extra}]'",
             file=sys.stderr,
         )
     except OSError as error:

@@ -7,18 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from gn_kernels.robustness.attacks import _attacked
-
-
-def input_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Gradient of each image's cross-entropy with respect to its pixels, in eval mode."""
-    with _attacked(model), torch.enable_grad():
-        images = images.detach().requires_grad_()
-        loss = cross_entropy(model(images), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, images)
-    return gradient
+from gn_kernels.robustness.differentiate import input_gradients
 
 
 def symmetric_scale(gradient: Tensor) -> Tensor:
@@ -47,9 +38,9 @@ def gradient_figure(
     """
     from matplotlib.figure import Figure
 
-    gradients = input_gradients(model, images, labels)
-    with torch.no_grad(), _attacked(model):
-        predicted = model(images).argmax(-1).tolist()
+    with _attacked(model):
+        gradients, _, logits = input_gradients(model, images, labels)
+    predicted = logits.argmax(-1).tolist()
     norms = gradients.abs().flatten(1).sum(1).tolist()
     scaled = symmetric_scale(gradients).permute(0, 2, 3, 1).cpu().numpy()
     shown = images.permute(0, 2, 3, 1).cpu().numpy()
