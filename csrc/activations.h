@@ -1,6 +1,6 @@
 // The activation functions and their first two derivatives, for host and device.
 //
-// Every function is branch-free, so that a loop over it vectorises. P is the precision (Half,
+// Every function is branch-free, so that a loop over it vectorises. P is the precision (Half, Fast,
 // Single, Double of coefficients.h) in which the result is needed.
 #pragma once
 
@@ -23,6 +23,45 @@ GN_INLINE T horner(T, T c) {
 template <class T, class... Rest>
 GN_INLINE T horner(T x, T c, Rest... rest) {
   return c + x * horner(x, rest...);
+}
+
+// What a GPU has an instruction for, and the compiler no name that means this alone. The first two
+// are off by 2 ulp on a GPU, and take numbers whose results are subnormal to be 0.
+#if defined(__CUDA_ARCH__)
+GN_INLINE float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+GN_INLINE float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+GN_INLINE float at_most(float x, float bound) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(bound));
+  return y;
+}
+
+GN_INLINE float zero_where_negative(float x) { return fmaxf(x, -0.0f); }
+#else
+GN_INLINE float fast_exp2(float x) { return std::exp2(x); }
+GN_INLINE float fast_reciprocal(float x) { return 1 / x; }
+#endif
+
+// min(x, bound); NaN stays NaN.
+template <class T>
+GN_INLINE T at_most(T x, T bound) {
+  return x > bound ? bound : x;
+}
+
+// x, or -0 where x < 0: adding it changes no number, not even a zero.
+template <class T>
+GN_INLINE T zero_where_negative(T x) {
+  return x < 0 ? T(-0.0) : x;
 }
 
 }  // namespace gn_kernels
@@ -79,15 +118,30 @@ GN_INLINE To bit_cast(From from) {
   return to;
 }
 
-// exp(y) for -log_zero <= y <= log_inf: 2^n exp(r), y = n ln 2 + r. At the ends 2^n is 0 and inf.
+template <class P, class T>
+GN_INLINE T quotient(T x, T y) {
+  if constexpr (P::is_fast) return x * fast_reciprocal(y);
+  return x / y;
+}
+
+// What an argument of exp is multiplied by beforehand, in one with its other factors.
+template <class P, class T = typename P::real>
+constexpr T exp_unit = P::is_fast ? T(1.44269504088896340736) : T(1);
+
+// exp(y / exp_unit) for -log_zero <= y <= log_inf: 2^n exp(r), y = n ln 2 + r. At the ends 2^n is 0
+// and inf.
 template <class P, class T = typename P::real>
 GN_INLINE T exp(T y) {
-  using F = Format<T>;
-  const T shifted = y * T(1.44269504088896340736) + F::shifter;
-  const T n = shifted - F::shifter;
-  const T r = (y - n * F::ln2_high) - n * F::ln2_low;
-  const T power = bit_cast<T>(bit_cast<typename F::Bits>(shifted) << F::mantissa);
-  return P::exp(r) * power;
+  if constexpr (P::is_fast) {
+    return fast_exp2(y);
+  } else {
+    using F = Format<T>;
+    const T shifted = y * T(1.44269504088896340736) + F::shifter;
+    const T n = shifted - F::shifter;
+    const T r = (y - n * F::ln2_high) - n * F::ln2_low;
+    const T power = bit_cast<T>(bit_cast<typename F::Bits>(shifted) << F::mantissa);
+    return P::exp(r) * power;
+  }
 }
 
 // exp(y) for y <= 0; 0 where it is no normal number.
@@ -104,10 +158,9 @@ GN_INLINE T exp_negative(T y) {
 template <class Activation, class P, class T = typename P::real>
 GN_INLINE Jet<T> jet(T x) {
   constexpr T bound = Activation::template bound<T>;
-  const T magnitude = std::fabs(x);
-  const T a = magnitude > bound ? bound : magnitude;  // NaN stays NaN
+  const T a = at_most(std::fabs(x), bound);
   const Jet<T> left = Activation::template left<P>(a);
-  return {(x < 0 ? T(-0.0) : x) + left.f, x < 0 ? left.d1 : 1 - left.d1, left.d2};
+  return {zero_where_negative(x) + left.f, x < 0 ? left.d1 : 1 - left.d1, left.d2};
 }
 
 // x Phi(x), Phi the normal distribution function, phi its density:
@@ -120,7 +173,7 @@ struct Gelu {
   GN_INLINE static Jet<T> left(T a) {
     constexpr T c = T(0.398942280401432677940);  // 1 / sqrt(2 pi)
     const T s = a * a;
-    const T e = exp<P>(T(-0.5) * s);
+    const T e = exp<P>((T(-0.5) * exp_unit<P>)*s);
     T cdf = e * P::mills(a);
     if constexpr (P::has_centre) cdf = s < 1 ? T(0.5) - a * P::centre(s) : cdf;
     return {-a * cdf, cdf - a * (c * e), (2 * c - c * s) * e};
@@ -128,23 +181,18 @@ struct Gelu {
 };
 
 // x sigma(g), sigma the logistic function, g an odd function of x with derivatives dg and ddg. At
-// -a, with w = sigma(-g(a)):
-//   f = -a w,
-//   f' = w (1 - a dg (1 - w)),
-//   f'' = w (1 - w) (2 dg + a ddg - a dg^2 (1 - 2 w)).
+// -a, with w = sigma(-g(a)) and its derivative s = w (1 - w):
+//   f = -a w,  f' = w - a dg s,  f'' = s (2 dg + a ddg - a dg^2 (1 - 2 w)).
+// A gate gives unit g, dg and 2 dg + a ddg.
 template <class Gate>
 struct Gated {
   template <class P, class T = typename P::real>
   GN_INLINE static Jet<T> left(T a) {
-    const auto [g, dg, ddg] = Gate::gate(a);
+    const auto [g, dg, bend] = Gate::gate(a, exp_unit<P>);
     const T e = exp<P>(g);
-    const T w = 1 / (1 + e);
-    const T slope = a * dg;
-    return {
-        -a / (1 + e),
-        w * (1 - slope * (1 - w)),
-        w * (1 - w) * (2 * dg + a * ddg - slope * dg * (1 - 2 * w)),
-    };
+    const T w = quotient<P>(T(1), 1 + e);
+    const T s = w - w * w, slope = a * dg;
+    return {quotient<P>(-a, 1 + e), w - slope * s, s * (bend - slope * dg * (1 - 2 * w))};
   }
 };
 
@@ -154,11 +202,11 @@ struct GeluTanh : Gated<GeluTanh> {
   static constexpr T bound = sizeof(T) == 4 ? T(10.061) : T(21.1598);  // g(a) = log_inf
 
   template <class T>
-  GN_INLINE static Jet<T> gate(T x) {
+  GN_INLINE static Jet<T> gate(T x, T unit) {
     constexpr T a = T(1.59576912160573071176);  // 2 sqrt(2 / pi)
     constexpr T b = a * T(0.044715);
     const T s = x * x;
-    return {x * (a + b * s), a + 3 * b * s, 6 * b * x};
+    return {x * (unit * a + unit * b * s), a + 3 * b * s, 2 * a + 12 * b * s};
   }
 };
 
@@ -168,8 +216,8 @@ struct Silu : Gated<Silu> {
   static constexpr T bound = Format<T>::log_inf;
 
   template <class T>
-  GN_INLINE static Jet<T> gate(T x) {
-    return {x, T(1), T(0)};
+  GN_INLINE static Jet<T> gate(T x, T unit) {
+    return {unit * x, T(1), T(2)};
   }
 };
 
@@ -179,9 +227,45 @@ struct QuickGelu : Gated<QuickGelu> {
   static constexpr T bound = Format<T>::log_inf / T(1.702);
 
   template <class T>
-  GN_INLINE static Jet<T> gate(T x) {
+  GN_INLINE static Jet<T> gate(T x, T unit) {
     constexpr T a = T(1.702);
-    return {a * x, a, T(0)};
+    return {unit * a * x, a, 2 * a};
+  }
+};
+
+// The three orders as functions of single numbers: `in` numbers are read, `out` numbers written.
+template <class A, class P, class T = typename P::real>
+struct Forward {
+  static constexpr int in = 1, out = 1;
+  GN_INLINE static void apply(const T (&in)[1], T (&out)[1]) { out[0] = jet<A, P>(in[0]).f; }
+};
+
+template <class A, class P, class T = typename P::real>
+struct Backward {
+  static constexpr int in = 2, out = 1;
+  GN_INLINE static void apply(const T (&in)[2], T (&out)[1]) {
+    const auto [grad, x] = in;
+    out[0] = grad * jet<A, P>(x).d1;
+  }
+};
+
+template <class A, class P, class T = typename P::real>
+struct DoubleBackward {
+  static constexpr int in = 3, out = 2;
+  GN_INLINE static void apply(const T (&in)[3], T (&out)[2]) {
+    const auto [v, grad, x] = in;
+    const Jet<T> at_x = jet<A, P>(x);
+    out[0] = v * at_x.d1;
+    out[1] = v * grad * at_x.d2;
+  }
+};
+
+template <class A, class P, class T = typename P::real>
+struct Curvature {  // the second output of DoubleBackward alone
+  static constexpr int in = 3, out = 1;
+  GN_INLINE static void apply(const T (&in)[3], T (&out)[1]) {
+    const auto [v, grad, x] = in;
+    out[0] = v * grad * jet<A, P>(x).d2;
   }
 };
 

@@ -8,6 +8,7 @@ namespace gn_kernels {
 struct Half {
   using real = float;
   static constexpr bool has_centre = false;
+  static constexpr bool is_fast = false;
 
   // exp(r), |r| <= ln 2 / 2: relative error 2.6e-6
   GN_INLINE static float exp(float r) { return horner(r, 9.9999926e-1f, 9.99963409e-1f, 5.00043676e-1f, 1.67909031e-1f, 4.14578516e-2f); }
@@ -18,10 +19,23 @@ struct Half {
   }
 };
 
+// For results that are rounded to 16 bits on a GPU.
+struct Fast {
+  using real = float;
+  static constexpr bool has_centre = false;
+  static constexpr bool is_fast = true;
+
+  // Phi(-a) exp(a^2 / 2), 0 <= a <= 13.3: relative error 3.6e-7
+  GN_INLINE static float mills(float a) {
+    return horner(a, 4.99999828e-1f, 3.60613408e-1f, 1.18751661e-1f, 1.68625167e-2f) * fast_reciprocal(horner(a, 1.0f, 1.51909398f, 9.49704505e-1f, 2.97451489e-1f, 4.22735005e-2f));
+  }
+};
+
 // For results in fp32.
 struct Single {
   using real = float;
   static constexpr bool has_centre = true;
+  static constexpr bool is_fast = false;
 
   // exp(r), |r| <= ln 2 / 2: relative error 3.1e-9
   GN_INLINE static float exp(float r) { return horner(r, 1.0f, 1.0f, 4.99999935e-1f, 1.66665207e-1f, 4.16683875e-2f, 8.36871066e-3f, 1.38146045e-3f); }
@@ -39,6 +53,7 @@ struct Single {
 struct Double {
   using real = double;
   static constexpr bool has_centre = true;
+  static constexpr bool is_fast = false;
 
   // exp(r), |r| <= ln 2 / 2: relative error 3.6e-18
   GN_INLINE static double exp(double r) { return horner(r, 1.0, 1.0, 5.0000000000000106e-1, 1.6666666666666412e-1, 4.1666666666530233e-2, 8.3333333334944871e-3, 1.388888894360722e-3, 1.9841269506601708e-4, 2.4801493126688886e-5, 2.7557586326203206e-6, 2.7630236972416749e-7, 2.500007577011112e-8); }

@@ -34,10 +34,12 @@ class Precision:
     exp: int
     mills: tuple[int, int]
     centre: int | None  # None: M alone is accurate enough down to 0
+    is_fast: bool = False  # exp and the division are a GPU's own approximations
 
 
 PRECISIONS = [
     Precision("Half", "float", "results that are rounded to 16 bits", 4, (3, 4), None),
+    Precision("Fast", "float", "results that are rounded to 16 bits on a GPU", 4, (3, 4), None, is_fast=True),
     Precision("Single", "float", "results in fp32", 6, (3, 4), 4),
     Precision("Double", "double", "results in fp64", 11, (8, 9), 9),
 ]
@@ -116,19 +118,27 @@ def struct(precision: Precision) -> str:
     n, d, mills_error = fit(
         mills, lambda a: 1 / mills(a), nodes(start, LIMIT[real], power=2), precision.mills
     )
+    above, under = call("a", n, real), call("a", d, real)
+    divided = f"{above} * fast_reciprocal({under})" if precision.is_fast else f"{above} / {under}"
     lines = [
         f"// For {precision.purpose}.",
         f"struct {precision.name} {{",
         f"  using real = {real};",
         f"  static constexpr bool has_centre = {'false' if precision.centre is None else 'true'};",
+        f"  static constexpr bool is_fast = {'true' if precision.is_fast else 'false'};",
         "",
-        f"  // exp(r), |r| <= ln 2 / 2: relative error {mp.nstr(exp_error, 2)}",
-        f"  GN_INLINE static {real} exp({real} r) {{ return {call('r', p, real)}; }}",
-        "",
+    ]
+    if not precision.is_fast:
+        lines += [
+            f"  // exp(r), |r| <= ln 2 / 2: relative error {mp.nstr(exp_error, 2)}",
+            f"  GN_INLINE static {real} exp({real} r) {{ return {call('r', p, real)}; }}",
+            "",
+        ]
+    lines += [
         f"  // Phi(-a) exp(a^2 / 2), {start} <= a <= {LIMIT[real]}: "
         f"relative error {mp.nstr(mills_error, 2)}",
         f"  GN_INLINE static {real} mills({real} a) {{",
-        f"    return {call('a', n, real)} / {call('a', d, real)};",
+        f"    return {divided};",
         "  }",
     ]
     if precision.centre is not None:

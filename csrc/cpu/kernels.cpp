@@ -31,42 +31,6 @@ struct PrecisionOf<double> {
 template <class T>
 using Precision = typename PrecisionOf<T>::type;
 
-// The three orders as functions of single numbers: `in` numbers are read, `out` numbers written.
-template <class A, class P, class T = typename P::real>
-struct Forward {
-  static constexpr int in = 1, out = 1;
-  GN_INLINE static void apply(const T (&in)[1], T (&out)[1]) { out[0] = jet<A, P>(in[0]).f; }
-};
-
-template <class A, class P, class T = typename P::real>
-struct Backward {
-  static constexpr int in = 2, out = 1;
-  GN_INLINE static void apply(const T (&in)[2], T (&out)[1]) {
-    const auto [grad, x] = in;
-    out[0] = grad * jet<A, P>(x).d1;
-  }
-};
-
-template <class A, class P, class T = typename P::real>
-struct DoubleBackward {
-  static constexpr int in = 3, out = 2;
-  GN_INLINE static void apply(const T (&in)[3], T (&out)[2]) {
-    const auto [v, grad, x] = in;
-    const Jet<T> at_x = jet<A, P>(x);
-    out[0] = v * at_x.d1;
-    out[1] = v * grad * at_x.d2;
-  }
-};
-
-template <class A, class P, class T = typename P::real>
-struct Curvature {  // the second output of DoubleBackward alone
-  static constexpr int in = 3, out = 1;
-  GN_INLINE static void apply(const T (&in)[3], T (&out)[1]) {
-    const auto [v, grad, x] = in;
-    out[0] = v * grad * jet<A, P>(x).d2;
-  }
-};
-
 // N elements; 16-bit types pass through buffers of floats.
 template <class Op, int N, class T, class R>
 GN_INLINE void map_block(const T* const (&in)[Op::in], T* const (&out)[Op::out]) {

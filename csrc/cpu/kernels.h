@@ -3,17 +3,9 @@
 
 #include <cstdint>
 
-#include "../activations.h"
+#include "../types.h"
 
 namespace gn_kernels {
-
-enum class Kind {
-#define ROW(Activation, name) Activation,
-  GN_KERNELS_ACTIVATIONS(ROW)
-#undef ROW
-};
-
-enum class Dtype { Float16, BFloat16, Float32, Float64 };
 
 // Memory of `n` elements of `dtype` each; outputs overlap nothing else.
 struct Kernels {
