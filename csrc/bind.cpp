@@ -2,7 +2,6 @@
 // key, through LibTorch's stable ABI: one build serves every torch from 2.11 on.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <string>
@@ -10,12 +9,10 @@
 #include <vector>
 
 #include "cpu/variants.h"
+#include "tensors.h"
 
 namespace gn_kernels {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Those of the best variant that runs on this processor.
 const Kernels& kernels() {
@@ -26,66 +23,6 @@ const Kernels& kernels() {
 #undef ROW
   }();
   return chosen;
-}
-
-Kind kind_of(const std::string& name) {
-#define ROW(Activation, text) \
-  if (name == text) return Kind::Activation;
-  GN_KERNELS_ACTIVATIONS(ROW)
-#undef ROW
-  STD_TORCH_CHECK(false, "gn_kernels: no activation is named '", name, "'");
-}
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half: return Dtype::Float16;
-    case ScalarType::BFloat16: return Dtype::BFloat16;
-    case ScalarType::Float: return Dtype::Float32;
-    case ScalarType::Double: return Dtype::Float64;
-    default: STD_TORCH_CHECK(false, "gn_kernels: x must be float16, bfloat16, float32 or float64");
-  }
-}
-
-std::int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::Float64 ? 8 : dtype == Dtype::Float32 ? 4 : 2;
-}
-
-// The kernels loop over x's memory from its first element to its last.
-void check_dense(const Tensor& x) {
-  std::int64_t last = 0;
-  for (std::int64_t k = 0; k < x.dim(); ++k) last += (x.size(k) - 1) * x.stride(k);
-  STD_TORCH_CHECK(x.numel() == 0 || last + 1 == x.numel(), "gn_kernels: x must be dense");
-}
-
-void check_like(const Tensor& x, const Tensor& other) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  const auto other_sizes = other.sizes(), other_strides = other.strides();
-  bool same = other.scalar_type() == x.scalar_type() && other_sizes.size() == sizes.size();
-  for (std::size_t k = 0; same && k < sizes.size(); ++k) {
-    same = other_sizes[k] == sizes[k] && (sizes[k] <= 1 || other_strides[k] == strides[k]);
-  }
-  STD_TORCH_CHECK(same, "gn_kernels: all tensors must have x's dtype, shape and strides");
-}
-
-// The shim's own function: torch::stable::empty_like finds its operator by name at every call,
-// which takes longer than a small tensor's arithmetic.
-Tensor new_tensor(const Tensor& x, std::int64_t dim, const std::int64_t* sizes,
-                  const std::int64_t* strides) {
-  std::int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), /*device_index=*/0, &out));
-  return Tensor(out);
-}
-
-Tensor new_like(const Tensor& x) {
-  return new_tensor(x, x.dim(), x.sizes().data(), x.strides().data());
-}
-
-Tensor new_of_size_0(const Tensor& x) {
-  const std::int64_t size = 0, stride = 1;
-  return new_tensor(x, 1, &size, &stride);
 }
 
 // Calls f(begin, n) for ranges of elements that cover x, on several threads where there is work to

@@ -9,6 +9,11 @@
 #define TORCH_VERSION "none"
 #endif
 
+#if !defined(GN_KERNELS_CUDA)
+#define GN_KERNELS_CUDA ""
+#define GN_KERNELS_CUDA_ARCHITECTURES ""
+#endif
+
 namespace py = pybind11;
 
 PYBIND11_MODULE(_build_info, m) {
@@ -29,6 +34,8 @@ PYBIND11_MODULE(_build_info, m) {
   m.attr("compiler") = GN_KERNELS_COMPILER;
   m.attr("flags") = GN_KERNELS_FLAGS;
   m.attr("torch_headers") = TORCH_VERSION;
+  m.attr("cuda") = GN_KERNELS_CUDA;
+  m.attr("cuda_architectures") = GN_KERNELS_CUDA_ARCHITECTURES;
   py::dict lines;
   lines["instructions"] = chosen;
   lines["of"] = py::str("/").attr("join")(variants);

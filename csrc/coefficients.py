@@ -39,7 +39,15 @@ class Precision:
 
 PRECISIONS = [
     Precision("Half", "float", "results that are rounded to 16 bits", 4, (3, 4), None),
-    Precision("Fast", "float", "results that are rounded to 16 bits on a GPU", 4, (3, 4), None, is_fast=True),
+    Precision(
+        "Fast",
+        "float",
+        "results that are rounded to 16 bits on a GPU",
+        4,
+        (3, 4),
+        None,
+        is_fast=True,
+    ),
     Precision("Single", "float", "results in fp32", 6, (3, 4), 4),
     Precision("Double", "double", "results in fp64", 11, (8, 9), 9),
 ]

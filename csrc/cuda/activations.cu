@@ -92,9 +92,8 @@ Error launch(const void* const (&in)[I], void* const (&out)[O], std::int64_t n, 
   }
   if (n == 0) return nullptr;
   const Blocks blocks = blocks_of(n, kBlock<T>, aligned);
-  activation<Op, T>
-      <<<grid_of(blocks.count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(tensors, n,
-                                                                                  blocks);
+  activation<Op, T><<<grid_of(blocks.count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      tensors, n, blocks);
   return launch_error();
 }
 

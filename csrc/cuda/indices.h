@@ -11,7 +11,8 @@ namespace gn_kernels::cuda {
 
 constexpr int kVectorBytes = 16;  // the widest access that a thread can make
 
-// --- n elements in blocks of `size`, for the kernels that treat each element by itself ------------
+// --- n elements in blocks of `size`, for the kernels that treat each element by itself
+// ------------
 
 // More programs than this one after the other: 16 times what 132 multiprocessors hold at once, so
 // that a last wave which fills them in part is at most a sixteenth of the time.

@@ -1,5 +1,5 @@
-// The CUDA kernels as functions: raw pointers and a stream, no header of torch or CUDA, so that they
-// can be called without Python and without torch.
+// The CUDA kernels as functions: raw pointers and a stream, no header of torch or CUDA, so that
+// they can be called without Python and without torch.
 //
 // A call returns when its kernels are in the stream, on the device that is current; it allocates
 // nothing, waits for nothing and can be captured into a CUDA graph. It returns null, or what went

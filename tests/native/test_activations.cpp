@@ -1,27 +1,17 @@
 // The activation kernels of every variant that runs here, against the formulas in long double.
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <vector>
 
 #include "../../csrc/cpu/numbers.h"
 #include "../../csrc/cpu/variants.h"
+#include "check.h"
 
 using namespace gn_kernels;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition) && ++failures <= 20) {                       \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-    }                                                             \
-  } while (false)
 
 using Real = long double;
 
@@ -225,9 +215,64 @@ void test_variant(const char* isa, const Kernels& kernels) {
   test_bounds<std::uint16_t>(kernels, Kind::QuickGelu, Dtype::BFloat16, 0x3e00, 1);
 }
 
+// The arithmetic of the GPU's kernels for 16-bit types, executed here.
+template <template <class, class, class> class Order, class A, class H, std::size_t I,
+          std::size_t O>
+void loop(const std::array<const H*, I>& in, const std::array<H*, O>& out, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    float arguments[I], results[O];
+    for (std::size_t k = 0; k < I; ++k) arguments[k] = widen(in[k][i]);
+    Order<A, Fast, float>::apply(arguments, results);
+    for (std::size_t k = 0; k < O; ++k) narrow(results[k], out[k][i]);
+  }
+}
+
+template <template <class, class, class> class Order, std::size_t I, std::size_t O>
+void run_fast(Kind kind, Dtype dtype, const void* const (&in)[I], void* const (&out)[O],
+              std::int64_t n) {
+  const auto typed = [&](auto activation, auto element) {
+    using H = decltype(element);
+    std::array<const H*, I> from;
+    std::array<H*, O> to;
+    for (std::size_t k = 0; k < I; ++k) from[k] = static_cast<const H*>(in[k]);
+    for (std::size_t k = 0; k < O; ++k) to[k] = static_cast<H*>(out[k]);
+    loop<Order, decltype(activation), H>(from, to, n);
+  };
+  switch (kind) {
+#define ROW(Activation, name)                                         \
+  case Kind::Activation:                                              \
+    return dtype == Dtype::BFloat16 ? typed(Activation{}, bfloat16{}) \
+                                    : typed(Activation{}, float16{});
+    GN_KERNELS_ACTIVATIONS(ROW)
+#undef ROW
+  }
+}
+
+const Kernels fast = {
+    [](Kind kind, Dtype dtype, const void* x, void* y, std::int64_t n) {
+      run_fast<Forward, 1, 1>(kind, dtype, {x}, {y}, n);
+    },
+    [](Kind kind, Dtype dtype, const void* grad, const void* x, void* grad_x, std::int64_t n) {
+      run_fast<Backward, 2, 1>(kind, dtype, {grad, x}, {grad_x}, n);
+    },
+    [](Kind kind, Dtype dtype, const void* v, const void* grad, const void* x, void* grad_grad,
+       void* grad_x, std::int64_t n) {
+      if (grad_grad == nullptr) {
+        run_fast<Curvature, 3, 1>(kind, dtype, {v, grad, x}, {grad_x}, n);
+      } else {
+        run_fast<DoubleBackward, 3, 2>(kind, dtype, {v, grad, x}, {grad_grad, grad_x}, n);
+      }
+    },
+};
+
 }  // namespace
 
 int main() {
+#define ROW(Activation, name)                                   \
+  test_16_bits("fast", fast, Kind::Activation, Dtype::Float16); \
+  test_16_bits("fast", fast, Kind::Activation, Dtype::BFloat16);
+  GN_KERNELS_ACTIVATIONS(ROW)
+#undef ROW
   test_conversions<float16>({11, -24, 5});
   test_conversions<bfloat16>({8, -133, 8});
 #define ROW(isa, runs_here)                             \
