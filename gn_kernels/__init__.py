@@ -7,7 +7,15 @@ from gn_kernels import functional, nn, penalty
 from gn_kernels.activation import ActivationFunction
 from gn_kernels.attention import AttentionFunction
 from gn_kernels.backend import info, use_backend
-from gn_kernels.functional import activation, attention, gelu, layer_norm, quick_gelu, silu
+from gn_kernels.functional import (
+    activation,
+    attention,
+    attention_qkv,
+    gelu,
+    layer_norm,
+    quick_gelu,
+    silu,
+)
 from gn_kernels.layer_norm import LayerNormFunction
 from gn_kernels.saving import recompute
 from gn_kernels.swap import SwapReport, swap
@@ -21,6 +29,7 @@ __all__ = [
     "__version__",
     "activation",
     "attention",
+    "attention_qkv",
     "functional",
     "gelu",
     "info",

@@ -191,17 +191,8 @@ def _asked_for(
     used = []
     for index, (value, asked) in enumerate(zip(inputs, wanted, strict=True)):
         node = None if value is None else next(nodes)[0]
-        used.append(asked and (index == 0 or _will_run(node)))
+        used.append(asked and (index == 0 or saving.will_run(node)))
     return tuple(used)
-
-
-def _will_run(node: Any) -> bool:
-    if node is None:
-        return False
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # its refusal of a leaf whose gradient autograd.grad asks for
-        return True
 
 
 def _named(name: str, rule: type[Function]) -> type[Function]:

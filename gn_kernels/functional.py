@@ -184,6 +184,36 @@ def attention(
     return _attention.apply(q, k, v, bias, scale).reshape(shape)
 
 
+def attention_qkv(qkv: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    r""":func:`attention` of one tensor that holds q, k and v, whose gradient is one tensor too.
+
+    The same kernels, reading the thirds of qkv where they are and writing their gradients side by
+    side, in both derivatives: no copy splits qkv or joins a gradient. Where qkv is
+    ``linear(x).reshape(batch, N, 3, heads, d).permute(2, 0, 3, 1, 4)``, its gradient has the same
+    layout and goes on as it is.
+
+    Args:
+        qkv: (3, …, heads, N, d): q, k and v of :func:`attention`.
+        bias: as for :func:`attention`.
+        scale: 1/√d by default.
+
+    Returns:
+        As :func:`attention`, which also tells what is saved, the errors and the sources.
+    """
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"qkv must be a Tensor, but got {type(qkv).__name__}")
+    if qkv.ndim < 4 or qkv.shape[0] != 3:
+        raise RuntimeError(f"qkv must be (3, …, heads, N, d), but got shape {tuple(qkv.shape)}")
+    qkv = _autocast(qkv)
+    bias = None if bias is None else _autocast(bias)
+    q, k, v = qkv.unbind(0)
+    if q.ndim != 4:
+        return attention(q, k, v, bias, scale)
+    _attention.check(q, k, v, bias)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _attention.apply_packed(qkv, _attention.as_raw(q, bias, q.shape[-2]), scale)
+
+
 def _autocast(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.dtype not in _AUTOCAST_DTYPES:
         return tensor

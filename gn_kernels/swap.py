@@ -491,11 +491,14 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.scaled_dot_product_attention`, but twice differentiable.
 
     :func:`gn_kernels.attention` where that applies, else :func:`math_attention`: with dropout, with
-    shapes that broadcast, with a head size of the values that differs from the keys'.
+    shapes that broadcast, with a head size of the values that differs from the keys'. ``packed``
+    is the tensor of which query, key and value are the thirds, if there is one.
     """
     if query.is_nested or key.is_nested or value.is_nested:
         return F.scaled_dot_product_attention(
@@ -521,6 +524,8 @@ def attention(
         and key.shape == value.shape == (*query.shape[:-2], key.shape[-2], query.shape[-1])
         and key.shape[-2] > 0
     )
+    if fits and packed is not None:
+        return functional.attention_qkv(packed, attn_mask, scale)
     if fits:
         return functional.attention(query, key, value, attn_mask, scale)
     return math_attention(query, key, value, attn_mask, dropout_p, scale)
@@ -590,12 +595,42 @@ _ATTRIBUTES: dict[str, _Replacement] = {
 
 
 class _Reroute(TorchFunctionMode):
+    # A tensor that was split into q, k and v, and these: attention's derivatives are then those of
+    # that tensor, and nothing is copied to join three gradients.
+    split: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         replacement = _FUNCTIONS.get(func)
-        function = func if replacement is None else replacement.function
-        return function(*args, **(kwargs or {}))
+        if replacement is not None:
+            if replacement is _ATTENTION and self.split is not None:
+                (packed, parts), self.split = self.split, None
+                if _are_the_parts(parts, args):
+                    return attention(*args, **kwargs, packed=packed)
+            return replacement.function(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _UNBIND and not must_be_transparent() and _dim_of_unbind(args, kwargs) == 0:
+            packed = args[0]
+            if packed.ndim == 5 and len(result) == 3:
+                self.split = packed, result
+        return result
+
+
+_UNBIND = (torch.Tensor.unbind, torch.unbind)
+
+
+def _dim_of_unbind(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return args[1] if len(args) == 2 else kwargs.get("dim", 0) if len(args) == 1 else None
+
+
+def _are_the_parts(parts: Sequence[Tensor], args: Sequence[Any]) -> bool:
+    # Nothing was done to them since, and nobody asked for the gradient of one of them.
+    return len(args) >= 3 and all(
+        part is given and not part._backward_hooks and not part.retains_grad
+        for part, given in zip(parts, args, strict=False)
+    )
 
 
 _M = TypeVar("_M", bound=nn.Module)

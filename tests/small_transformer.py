@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 PYTORCH = {
     "gelu": F.gelu,
@@ -70,6 +71,30 @@ def total_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     loss = F.cross_entropy(model(images).to(images.dtype), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, images, create_graph=True)
     return loss + gradient.flatten(1).norm(dim=1).sum()
+
+
+def functional_loss(
+    model: nn.Module, parameters: dict[str, Tensor], images: Tensor, labels: Tensor
+) -> Tensor:
+    """:func:`total_loss` through ``torch.func``, as a function of the parameters."""
+
+    def loss(images: Tensor) -> Tensor:
+        logits = functional_call(model, parameters, (images,))
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    gradient, value = torch.func.grad_and_value(loss)(images)
+    return value + gradient.flatten(1).norm(dim=1).sum()
+
+
+def sample_losses(
+    model: nn.Module, parameters: dict[str, Tensor], images: Tensor, labels: Tensor
+) -> Tensor:
+    """The same, image by image under ``vmap``."""
+
+    def total(image: Tensor, label: Tensor) -> Tensor:
+        return functional_loss(model, parameters, image[None], label[None])
+
+    return torch.func.vmap(total)(images, labels).sum()
 
 
 def weight_gradients(model: nn.Module, loss: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import gn_kernels
@@ -17,9 +16,11 @@ from gn_kernels.layer_norm import op as layer_norm_op
 from tests.small_transformer import (
     PYTORCH,
     expected_gradients,
+    functional_loss,
     make_batch,
     make_model,
     relative_error,
+    sample_losses,
     total_loss,
     weight_gradients,
 )
@@ -60,15 +61,6 @@ def test_retained_graph_gives_the_same_gradients_twice(kind):
         check(torch.cat([p.grad.flatten() for p in model.parameters()]), kind)
 
 
-def functional_loss(model, parameters, images, labels):
-    def loss(images):
-        logits = functional_call(model, parameters, (images,))
-        return F.cross_entropy(logits, labels, reduction="sum")
-
-    gradient, value = torch.func.grad_and_value(loss)(images)
-    return value + gradient.flatten(1).norm(dim=1).sum()
-
-
 @each_kind
 @each_dtype
 def test_torch_func_grad_of_grad(kind, dtype):
@@ -89,21 +81,9 @@ def test_torch_func_inside_backward_outside(kind):
 @each_kind
 def test_vmap_over_samples(kind):
     model, (images, labels) = make_model(ours(kind)), make_batch()
-
-    def sample_loss(parameters, image, label):
-        logits = functional_call(model, parameters, (image[None],))
-        return F.cross_entropy(logits, label[None])
-
-    def sample_total(parameters, image, label):
-        gradient, value = torch.func.grad_and_value(sample_loss, argnums=1)(
-            parameters, image, label
-        )
-        return value + gradient.norm()
-
-    def total(parameters):
-        return torch.func.vmap(sample_total, in_dims=(None, 0, 0))(parameters, images, labels).sum()
-
-    gradients = torch.func.grad(total)(dict(model.named_parameters()))
+    gradients = torch.func.grad(lambda p: sample_losses(model, p, images, labels))(
+        dict(model.named_parameters())
+    )
     check(torch.cat([g.flatten() for g in gradients.values()]), kind)
 
 

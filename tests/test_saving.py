@@ -150,3 +150,33 @@ def test_no_effect_while_compiling():
             return F.cross_entropy(model(images), labels)
 
     torch.testing.assert_close(loss_of(images), F.cross_entropy(model(images), labels))
+
+
+def test_the_input_gradient_makes_nothing_again_that_only_weight_gradients_need():
+    model = _model(dtype=torch.float32)
+    images, labels = make_batch(torch.float32)
+    with gn_kernels.recompute():
+        loss = F.cross_entropy(model(images), labels, reduction="sum")
+        with Counter() as counter:
+            (gradient,) = torch.autograd.grad(loss, images, create_graph=True)
+    calls = [op.name for op in counter.ops]
+    assert not {"gn_kernels.activation_forward", "gn_kernels.layer_norm_forward"} & set(calls)
+    assert calls.count("gn_kernels.activation_backward") == len(model.blocks)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_a_right_factor_is_made_again(rows):
+    # Here the left factor's gradient is the one that is asked for.
+    inner = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    images = torch.randn(rows, 5, dtype=torch.float64, requires_grad=True)
+
+    def gradients(activation):
+        (gradient,) = torch.autograd.grad(
+            (images @ activation(inner)).square().sum(), images, create_graph=True
+        )
+        return torch.autograd.grad(gradient.square().sum(), inner)
+
+    with gn_kernels.recompute():
+        (actual,) = gradients(gn_kernels.gelu)
+    torch.testing.assert_close(actual, gradients(F.gelu)[0], rtol=1e-12, atol=1e-12)

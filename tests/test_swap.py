@@ -71,7 +71,7 @@ class Classifier(nn.Module):
         return self.head(self.blocks(x).mean(1))
 
 
-OURS = {"ActivationFunction", "AttentionFunction"}
+OURS = {"ActivationFunction", "PackedAttentionFunction"}
 IMAGES = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 LABELS = torch.tensor([0, 2, 1])
 
@@ -126,7 +126,7 @@ def runs_on_gn_kernels(output: torch.Tensor) -> set[str]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        names |= {name for name in OURS if node.name().startswith(name)}
+        names |= {name for name in (*OURS, "AttentionFunction") if node.name().startswith(name)}
         stack.extend(following for following, _ in node.next_functions)
     return names
 

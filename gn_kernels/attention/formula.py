@@ -16,6 +16,8 @@ A row that is masked entirely (S = −∞) has P = 0, as in PyTorch's ``scaled_d
 
 q is (batch, heads, N, d), k and v are (batch, heads, M, d). bias is (period, heads or 1, N or 1,
 M or 1), where period divides batch, and element b of the batch meets ``bias[b % period]``.
+
+``FORMULA`` has q, k, v and bias as inputs; ``PACKED`` has qkv, (3, batch, heads, N, d), and bias.
 """
 
 from __future__ import annotations
@@ -196,3 +198,52 @@ def _double_backward(
 
 
 FORMULA = Orders(_forward, _backward, _double_backward)
+
+
+def _stacked(like: Tensor, *parts: Tensor | None) -> Tensor | None:
+    # Gradients of q, k and v as one of qkv; None is a gradient of 0.
+    if all(part is None for part in parts):
+        return None
+    return torch.stack([torch.zeros_like(like[0]) if part is None else part for part in parts])
+
+
+def _packed_forward(
+    inputs: tuple[Tensor, Tensor | None], options: tuple[float]
+) -> tuple[Tensor, ...]:
+    qkv, bias = inputs
+    q, k, v = qkv.unbind(0)
+    return (forward(q, k, v, bias, *options),)
+
+
+def _packed_backward(
+    wanted: tuple[bool, bool],
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor | None],
+    _: object,
+    options: tuple[float],
+) -> Gradients:
+    (qkv, bias), (asked, bias_asked) = inputs, wanted
+    q, k, v = qkv.unbind(0)
+    *parts, for_bias = backward(grad, q, k, v, bias, *options, (asked, asked, asked, bias_asked))
+    return _stacked(qkv, *parts), for_bias
+
+
+def _packed_double_backward(
+    wanted: tuple[bool, bool, bool],
+    cotangents: tuple[Tensor | None, Tensor | None],
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor | None],
+    _: object,
+    options: tuple[float],
+) -> Gradients:
+    (aqkv, abias), (qkv, bias), (grad_asked, asked, bias_asked) = cotangents, inputs, wanted
+    aq, ak, av = (None, None, None) if aqkv is None else aqkv.unbind(0)
+    q, k, v = qkv.unbind(0)
+    mask = (grad_asked, asked, asked, asked, bias_asked)
+    for_grad, *parts, for_bias = double_backward(
+        (aq, ak, av, abias), grad, q, k, v, bias, *options, mask
+    )
+    return for_grad, _stacked(qkv, *parts), for_bias
+
+
+PACKED = Orders(_packed_forward, _packed_backward, _packed_double_backward)

@@ -1,15 +1,19 @@
 """The raw ops of attention: schemas, checks, fake kernels, and the choice of a backend.
 
     gn_kernels::attention_forward(q, k, v, bias, scale)                  O, log-sum-exp of each row
-    gn_kernels::attention_backward(grad, q, k, v, bias, out, lse, scale, output_mask)
+    gn_kernels::attention_backward(grad, q, k, v, bias, out, lse, scale, output_mask, packed)
                                                                          for q, k, v, bias
     gn_kernels::attention_double_backward(aq, ak, av, abias, grad, q, k, v, bias, out, lse, scale,
-                                          output_mask)                   for grad, q, k, v, bias
+                                          output_mask, packed)           for grad, q, k, v, bias
 
 q is (batch, heads, N, d), k and v are (batch, heads, M, d), bias is as in ``formula``. Nothing of
 size N×M is stored by the triton and native backends. O and the gradients of q, k and v lie in
 memory as (batch, length, heads, d), so that joining the heads again takes no copy. An output that
 ``output_mask`` does not ask for comes back with size [0].
+
+With ``packed``, the gradients of q, k and v are one tensor (3, batch, heads, N, d), in memory
+(batch, N, 3, heads, d) as the linear layer lays out its output that q, k and v are views of. It
+stands in the place of q's; those of k and v have size [0].
 """
 
 from __future__ import annotations
@@ -43,9 +47,12 @@ _SAVED = f"Tensor grad, {_INPUTS}, Tensor out, Tensor lse, float scale"
 _SECOND = f"Tensor? aq, Tensor? ak, Tensor? av, Tensor? abias, {_SAVED}"
 _SCHEMAS = {
     "attention_forward": f"({_INPUTS}, float scale) -> (Tensor, Tensor)",
-    "attention_backward": (f"({_SAVED}, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)"),
+    "attention_backward": (
+        f"({_SAVED}, bool[4] output_mask, bool packed=False) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
     "attention_double_backward": (
-        f"({_SECOND}, bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"({_SECOND}, bool[5] output_mask, bool packed=False)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 # Those that csrc/ registers its CPU kernels under fill tensors that are given, or None.
@@ -242,25 +249,40 @@ def _heads_last(like: Tensor) -> Tensor:
     return like.new_empty(batch, length, heads, size).transpose(1, 2)
 
 
+def _packed_heads_last(like: Tensor) -> Tensor:
+    batch, heads, length, size = like.shape
+    return like.new_empty(batch, length, 3, heads, size).permute(2, 0, 3, 1, 4)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
 def _outputs(
-    of_rows: Sequence[Tensor], bias: Tensor | None, wanted: Sequence[bool]
+    of_rows: Sequence[Tensor], bias: Tensor | None, wanted: Sequence[bool], packed: bool
 ) -> tuple[Tensor, ...]:
     # To be filled: one for each of those tensors and for bias, of size [0] where it is not wanted.
     *rows_wanted, bias_wanted = wanted
-    return (
-        *(
-            _heads_last(tensor) if asked else tensor.new_empty(0)
-            for tensor, asked in zip(of_rows, rows_wanted, strict=True)
-        ),
-        of_rows[0].new_empty(0) if bias is None or not bias_wanted else bias.new_empty(bias.shape),
+    makers = [_heads_last for _ in of_rows]
+    if packed:  # the last three are q, k and v
+        makers[-3:] = [_packed_heads_last, _nothing, _nothing]
+    rows = (
+        make(tensor) if asked else _nothing(tensor)
+        for make, tensor, asked in zip(makers, of_rows, rows_wanted, strict=True)
     )
+    for_bias = bias.new_empty(bias.shape) if bias is not None and bias_wanted else None
+    return *rows, _nothing(of_rows[0]) if for_bias is None else for_bias
 
 
 def _targets(
-    outputs: Sequence[Tensor], bias: Tensor | None, wanted: Sequence[bool]
+    outputs: Sequence[Tensor], bias: Tensor | None, wanted: Sequence[bool], packed: bool
 ) -> list[Tensor | None]:
+    *of_rows, for_bias = outputs
+    if packed and wanted[-2]:
+        *before, for_qkv, _, _ = of_rows
+        of_rows = [*before, *for_qkv.unbind(0)]
     here = (*wanted[:-1], wanted[-1] and bias is not None)
-    return [out if asked else None for out, asked in zip(outputs, here, strict=True)]
+    return [out if asked else None for out, asked in zip((*of_rows, for_bias), here, strict=True)]
 
 
 def _fill(targets: Sequence[Tensor | None], results: Gradients) -> None:
@@ -296,11 +318,13 @@ def _backward(
     lse: Tensor,
     scale: float,
     output_mask: Sequence[bool],
+    packed: bool = False,
 ) -> tuple[Tensor, ...]:
     _check_raw(q, k, v, bias, grad=(grad, q), out=(out, q))
     _check_lse(lse, q)
-    kernels, outputs = _kernels(q), _outputs((q, k, v), bias, output_mask)
-    targets = _targets(outputs, bias, output_mask)
+    _check_packed(packed, q, k, output_mask)
+    kernels, outputs = _kernels(q), _outputs((q, k, v), bias, output_mask, packed)
+    targets = _targets(outputs, bias, output_mask, packed)
     if kernels is None:
         wanted = cast(tuple[bool, bool, bool, bool], tuple(output_mask))
         _fill(targets, formula.backward(grad, q, k, v, bias, scale, wanted))
@@ -324,11 +348,13 @@ def _double_backward(
     lse: Tensor,
     scale: float,
     output_mask: Sequence[bool],
+    packed: bool = False,
 ) -> tuple[Tensor, ...]:
     _check_second(aq, ak, av, abias, grad, q, k, v, bias, out)
     _check_lse(lse, q)
-    kernels, outputs = _kernels(q), _outputs((grad, q, k, v), bias, output_mask)
-    targets = _targets(outputs, bias, output_mask)
+    _check_packed(packed, q, k, output_mask[1:])
+    kernels, outputs = _kernels(q), _outputs((grad, q, k, v), bias, output_mask, packed)
+    targets = _targets(outputs, bias, output_mask, packed)
     if all(cotangent is None for cotangent in (aq, ak, av, abias)):
         _fill(targets, (None,) * 5)
     elif kernels is None:
@@ -342,6 +368,18 @@ def _double_backward(
         aq, ak, av, grad, q, k, v, out = _rows(aq, ak, av, grad, q, k, v, out)
         kernels.double_backward(aq, ak, av, abias, grad, q, k, v, bias, out, lse, scale, *targets)
     return outputs
+
+
+def _check_packed(packed: bool, q: Tensor, k: Tensor, of_inputs: Sequence[bool]) -> None:
+    if packed and q.shape != k.shape:
+        raise RuntimeError(
+            f"packed gradients need a k of q's shape {tuple(q.shape)}, but got {tuple(k.shape)}"
+        )
+    if packed and len(set(of_inputs[:3])) > 1:
+        raise RuntimeError(
+            "output_mask must ask for all of q, k and v, or for none, where their gradients are "
+            f"packed, but got {tuple(of_inputs[:3])}"
+        )
 
 
 def _check_second(
@@ -381,10 +419,12 @@ def _fake_backward(
     lse: Tensor,
     scale: float,
     output_mask: Sequence[bool],
+    packed: bool = False,
 ) -> tuple[Tensor, ...]:
     _check_raw(q, k, v, bias, grad=(grad, q), out=(out, q))
     _check_lse(lse, q)
-    return _outputs((q, k, v), bias, output_mask)
+    _check_packed(packed, q, k, output_mask)
+    return _outputs((q, k, v), bias, output_mask, packed)
 
 
 def _fake_double_backward(
@@ -401,10 +441,12 @@ def _fake_double_backward(
     lse: Tensor,
     scale: float,
     output_mask: Sequence[bool],
+    packed: bool = False,
 ) -> tuple[Tensor, ...]:
     _check_second(aq, ak, av, abias, grad, q, k, v, bias, out)
     _check_lse(lse, q)
-    return _outputs((grad, q, k, v), bias, output_mask)
+    _check_packed(packed, q, k, output_mask[1:])
+    return _outputs((grad, q, k, v), bias, output_mask, packed)
 
 
 _call_forward = register_raw_op(_library, "attention_forward", _forward, _fake_forward)
@@ -426,19 +468,23 @@ def _forward_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
 
 
 @register_flop_formula(_ops.attention_backward)
-def _backward_flops(grad: Any, q: Any, k: Any, *rest: Any, **_: Any) -> int:
+def _backward_flops(
+    grad: Any, q: Any, k: Any, v: Any, bias: Any, out: Any, lse: Any, scale: Any, mask: Any,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
     # Each GPU kernel recomputes S and, but for dV alone, dP.
-    for_q, for_k, for_v, for_bias = rest[-1]
+    for_q, for_k, for_v, for_bias = mask
     over_keys = int(for_k or for_v) + 2 * for_k + for_v
     return _product_flops(q, k) * int(3 * for_q + over_keys + 2 * for_bias)
 
 
 @register_flop_formula(_ops.attention_double_backward)
 def _double_backward_flops(
-    aq: Any, ak: Any, av: Any, abias: Any, grad: Any, q: Any, k: Any, *rest: Any, **_: Any
-) -> int:
+    aq: Any, ak: Any, av: Any, abias: Any, grad: Any, q: Any, k: Any, v: Any, bias: Any, out: Any,
+    lse: Any, scale: Any, mask: Any, *_: Any, **__: Any,
+) -> int:  # fmt: skip
     # S, dP, T and U again in each of the GPU kernels: that of the statistics and up to three more.
-    for_grad, for_q, for_k, for_v, for_bias = rest[-1]
+    for_grad, for_q, for_k, for_v, for_bias = mask
     has_q, has_k, has_v = (one is not None for one in (aq, ak, av))
     recomputed = 2 + has_q + has_k + has_v
     kernels = 1 + (for_grad or for_q) + (for_k or for_v) + for_bias
@@ -486,5 +532,55 @@ AttentionFunction, apply = differentiable(
     arity=4,
     kernels=Orders(_forward_order, _backward_order, _double_backward_order),
     formula=formula.FORMULA,
+    cheap=False,
+)
+
+
+def _packed_forward_order(
+    inputs: tuple[Tensor, Tensor | None], options: tuple[float]
+) -> tuple[Tensor, ...]:
+    qkv, bias = inputs
+    return _forward_order((*qkv.unbind(0), bias), options)
+
+
+def _packed_backward_order(
+    wanted: tuple[bool, bool],
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor | None],
+    residuals: tuple[Tensor, Tensor],
+    options: tuple[float],
+) -> Gradients:
+    (qkv, bias), (asked, bias_asked) = inputs, wanted
+    mask = (asked, asked, asked, bias_asked)
+    outputs = _call_backward(grad, *qkv.unbind(0), bias, *residuals, *options, mask, True)
+    return outputs[0] if asked else None, outputs[3] if bias_asked else None
+
+
+def _packed_double_backward_order(
+    wanted: tuple[bool, bool, bool],
+    cotangents: tuple[Tensor | None, Tensor | None],
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor | None],
+    residuals: tuple[Tensor, Tensor],
+    options: tuple[float],
+) -> Gradients:
+    (aqkv, abias), (qkv, bias), (grad_asked, asked, bias_asked) = cotangents, inputs, wanted
+    outputs = _call_double_backward(
+        *((None, None, None) if aqkv is None else aqkv.unbind(0)),
+        *(abias, grad, *qkv.unbind(0), bias, *residuals, *options),
+        *((grad_asked, asked, asked, asked, bias_asked), True),
+    )
+    return (
+        outputs[0] if grad_asked else None,
+        outputs[1] if asked else None,
+        outputs[4] if bias_asked else None,
+    )
+
+
+PackedAttentionFunction, apply_packed = differentiable(
+    "PackedAttentionFunction",
+    arity=2,
+    kernels=Orders(_packed_forward_order, _packed_backward_order, _packed_double_backward_order),
+    formula=formula.PACKED,
     cheap=False,
 )

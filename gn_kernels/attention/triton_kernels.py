@@ -126,12 +126,13 @@ def _score_blocks(of_scores, strides, element, h, queries, keys, N, M, KEYS_FIRS
 
 @triton.jit
 def _store_rows(
-    tensor, b, h, rows, length, values, HEADS, SIZE: tl.constexpr, PADDED: tl.constexpr
+    tensor, b, h, rows, length, values, PITCH, SIZE: tl.constexpr, PADDED: tl.constexpr
 ):
-    # Into a tensor that lies in memory as (batch, length, heads, d).
+    # Into a tensor that lies in memory as (batch, length, heads, d), or into a third of one that
+    # lies as (batch, length, 3, heads, d): PITCH is how many heads, of all, there are in a row.
     if tensor is not None:
         columns = tl.arange(0, PADDED)
-        place = tensor + ((b * length + rows.to(tl.int64)[:, None]) * HEADS + h) * SIZE
+        place = tensor + ((b * length + rows.to(tl.int64)[:, None]) * PITCH + h) * SIZE
         mask = rows[:, None] < length
         if SIZE != PADDED:
             mask = mask & (columns[None, :] < SIZE)
@@ -252,7 +253,7 @@ def _backward_delta(
 @triton.jit
 def _backward_queries(
     of_queries, query_strides, of_keys, key_strides, of_scores, score_strides, of_rows,
-    for_q, period, scale, HEADS, N, M,
+    for_q, PITCH, period, scale, HEADS, N, M,
     SIZE: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -267,13 +268,13 @@ def _backward_queries(
         biases = _score_blocks(of_scores, score_strides, b % period, h, queries, keys, N, M, False)
         p, dp = _p_and_dp(query_rows, key_rows, biases[0], row[0], keys, M, scale, False, PRECISION)
         result = _sum(p * (dp - row[2]), key_rows[0], result, PRECISION)
-    _store_rows(for_q, b, h, queries, N, result * scale, HEADS, SIZE, PADDED)
+    _store_rows(for_q, b, h, queries, N, result * scale, PITCH, SIZE, PADDED)
 
 
 @triton.jit
 def _backward_keys(
     of_queries, query_strides, of_keys, key_strides, of_scores, score_strides, of_rows,
-    for_k, for_v, period, scale, HEADS, N, M,
+    for_k, for_v, PITCH, period, scale, HEADS, N, M,
     SIZE: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -292,8 +293,8 @@ def _backward_keys(
             v_result = _sum(p, query_rows[1], v_result, PRECISION)
         if for_k is not None:
             k_result = _sum(p * (dp - row[2]), query_rows[0], k_result, PRECISION)
-    _store_rows(for_k, b, h, keys, M, k_result * scale, HEADS, SIZE, PADDED)
-    _store_rows(for_v, b, h, keys, M, v_result, HEADS, SIZE, PADDED)
+    _store_rows(for_k, b, h, keys, M, k_result * scale, PITCH, SIZE, PADDED)
+    _store_rows(for_v, b, h, keys, M, v_result, PITCH, SIZE, PADDED)
 
 
 @triton.jit
@@ -376,7 +377,7 @@ def _double_statistics(
 @triton.jit
 def _double_queries(
     of_queries, query_strides, of_keys, key_strides, of_scores, score_strides, of_rows,
-    for_grad, for_q, period, scale, HEADS, N, M,
+    for_grad, for_q, PITCH, period, scale, HEADS, N, M,
     SIZE: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -402,13 +403,13 @@ def _double_queries(
             if key_rows[2] is not None:
                 q_result = _sum(ds, key_rows[2], q_result, PRECISION)
     _store_rows(for_grad, b, h, queries, N, grad_result, HEADS, SIZE, PADDED)
-    _store_rows(for_q, b, h, queries, N, q_result * scale, HEADS, SIZE, PADDED)
+    _store_rows(for_q, b, h, queries, N, q_result * scale, PITCH, SIZE, PADDED)
 
 
 @triton.jit
 def _double_keys(
     of_queries, query_strides, of_keys, key_strides, of_scores, score_strides, of_rows,
-    for_k, for_v, period, scale, HEADS, N, M,
+    for_k, for_v, PITCH, period, scale, HEADS, N, M,
     SIZE: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -431,8 +432,8 @@ def _double_keys(
             k_result = _sum(a_s, query_rows[0], k_result, PRECISION)
             if query_rows[2] is not None:
                 k_result = _sum(ds, query_rows[2], k_result, PRECISION)
-    _store_rows(for_k, b, h, keys, M, k_result * scale, HEADS, SIZE, PADDED)
-    _store_rows(for_v, b, h, keys, M, v_result, HEADS, SIZE, PADDED)
+    _store_rows(for_k, b, h, keys, M, k_result * scale, PITCH, SIZE, PADDED)
+    _store_rows(for_v, b, h, keys, M, v_result, PITCH, SIZE, PADDED)
 
 
 @triton.jit
@@ -497,6 +498,12 @@ def _bias_strides(bias: Tensor | None) -> tuple[int, ...]:
         return (0, 0, 0, 0)
     sizes = zip(bias.shape, bias.stride(), strict=True)
     return tuple(0 if size == 1 else stride for size, stride in sizes)
+
+
+def _pitch(*outputs: Tensor | None) -> int:
+    # Heads in a row of the tensor that these gradients are stored in, their own or a packed one.
+    first = next((out for out in outputs if out is not None), None)
+    return 0 if first is None else first.stride(2) // first.shape[3]
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -627,9 +634,9 @@ def backward(
     of_rows = (lse, None, delta, None)
     call.delta(grad, out, delta)
     if for_q is not None:
-        call.over_queries(_backward_queries, of_rows, for_q)
+        call.over_queries(_backward_queries, of_rows, for_q, _pitch(for_q))
     if for_k is not None or for_v is not None:
-        call.over_keys(_backward_keys, of_rows, for_k, for_v)
+        call.over_keys(_backward_keys, of_rows, for_k, for_v, _pitch(for_k, for_v))
     if for_bias is not None:
         call.over_bias(_backward_bias, of_rows, for_bias)
 
@@ -659,8 +666,8 @@ def double_backward(
     call.over_queries(_double_statistics, (lse, None, None, None), tau, delta, rho)
     of_rows = (lse, tau, delta, rho)
     if for_grad is not None or for_q is not None:
-        call.over_queries(_double_queries, of_rows, for_grad, for_q)
+        call.over_queries(_double_queries, of_rows, for_grad, for_q, _pitch(for_q))
     if for_k is not None or for_v is not None:
-        call.over_keys(_double_keys, of_rows, for_k, for_v)
+        call.over_keys(_double_keys, of_rows, for_k, for_v, _pitch(for_k, for_v))
     if for_bias is not None:
         call.over_bias(_double_bias, of_rows, for_bias)

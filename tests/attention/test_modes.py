@@ -8,12 +8,18 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gn_kernels
 from tests.attention.plain import make_inputs, make_vit, plain_attention, pytorch_attention
-from tests.small_transformer import make_batch, relative_error, total_loss, weight_gradients
+from tests.small_transformer import (
+    functional_loss,
+    make_batch,
+    relative_error,
+    sample_losses,
+    total_loss,
+    weight_gradients,
+)
 
 # All weight gradients of the penalty together; float32 as eager PyTorch's, 1e-6 on this model.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
@@ -36,15 +42,6 @@ def test_weight_gradients_of_a_penalty(backend):
         check(weight_gradients(model, total_loss(model, *make_batch(dtype))), dtype)
 
 
-def functional_loss(model, parameters, images, labels):
-    def loss(images):
-        logits = functional_call(model, parameters, (images,))
-        return F.cross_entropy(logits, labels, reduction="sum")
-
-    gradient, value = torch.func.grad_and_value(loss)(images)
-    return value + gradient.flatten(1).norm(dim=1).sum()
-
-
 def test_torch_func():
     model, batch = make_vit(gn_kernels.attention), make_batch()
     gradients = torch.func.grad(lambda p: functional_loss(model, p, *batch))(
@@ -61,21 +58,9 @@ def test_torch_func_inside_backward_outside():
 
 def test_vmap_over_samples():
     model, (images, labels) = make_vit(gn_kernels.attention), make_batch()
-
-    def sample_loss(parameters, image, label):
-        logits = functional_call(model, parameters, (image[None],))
-        return F.cross_entropy(logits, label[None])
-
-    def sample_total(parameters, image, label):
-        gradient, value = torch.func.grad_and_value(sample_loss, argnums=1)(
-            parameters, image, label
-        )
-        return value + gradient.norm()
-
-    def total(parameters):
-        return torch.func.vmap(sample_total, in_dims=(None, 0, 0))(parameters, images, labels).sum()
-
-    gradients = torch.func.grad(total)(dict(model.named_parameters()))
+    gradients = torch.func.grad(lambda p: sample_losses(model, p, images, labels))(
+        dict(model.named_parameters())
+    )
     check(torch.cat([g.flatten() for g in gradients.values()]))
 
 

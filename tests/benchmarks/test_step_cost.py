@@ -106,3 +106,5 @@ def test_a_whole_model_stays_within_its_limits(model, gigabytes, calls, steps, r
     for seconds in (Counter.seconds, Counter.seconds_without_product_bytes):
         assert seconds(ours.counter, H100) <= steps * seconds(natural.counter, H100)
     assert recomputed.peak <= recomputed_peak * eager.peak
+    assert recomputed.counter.bytes <= 1e9 * gigabytes
+    assert len(recomputed.counter.ops) <= calls

@@ -7,16 +7,17 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import gn_kernels
 from tests.layer_norm import plain
 from tests.small_transformer import (
     expected_gradients,
+    functional_loss,
     make_batch,
     make_model,
     relative_error,
+    sample_losses,
     total_loss,
     weight_gradients,
 )
@@ -61,15 +62,6 @@ def test_retained_graph_gives_the_same_gradients_twice():
         check(torch.cat([p.grad.flatten() for p in model.parameters()]))
 
 
-def functional_loss(model, parameters, images, labels):
-    def loss(images):
-        logits = functional_call(model, parameters, (images,))
-        return F.cross_entropy(logits, labels, reduction="sum")
-
-    gradient, value = torch.func.grad_and_value(loss)(images)
-    return value + gradient.flatten(1).norm(dim=1).sum()
-
-
 def test_torch_func_grad_of_grad():
     model, batch = make(), make_batch()
     gradients = torch.func.grad(lambda p: functional_loss(model, p, *batch))(
@@ -86,20 +78,9 @@ def test_torch_func_inside_backward_outside():
 
 def test_vmap_over_samples():
     model, (images, labels) = make(), make_batch()
-
-    def sample_total(parameters, image, label):
-        def loss(image):
-            logits = functional_call(model, parameters, (image[None],))
-            return F.cross_entropy(logits, label[None])
-
-        gradient, value = torch.func.grad_and_value(loss)(image)
-        return value + gradient.norm()
-
-    def total(parameters):
-        samples = torch.func.vmap(sample_total, in_dims=(None, 0, 0))
-        return samples(parameters, images, labels).sum()
-
-    gradients = torch.func.grad(total)(dict(model.named_parameters()))
+    gradients = torch.func.grad(lambda p: sample_losses(model, p, images, labels))(
+        dict(model.named_parameters())
+    )
     check(torch.cat([g.flatten() for g in gradients.values()]))
 
 
