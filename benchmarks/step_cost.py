@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import common
 from benchmarks.common import Row, Table
-from benchmarks.counting import MACHINES, Counter
+from gn_kernels.counting import MACHINES, Counter
 from gn_kernels.penalty import gradient_norm
 from gn_kernels.saving import recompute
 from gn_kernels.swap import swap

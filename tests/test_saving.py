@@ -9,7 +9,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import gn_kernels
-from benchmarks.counting import Counter
+from gn_kernels.counting import Counter
 from tests import small_transformer
 from tests.small_transformer import expected_gradients, make_batch, relative_error
 

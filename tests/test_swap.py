@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import gn_kernels
-from benchmarks.counting import Counter
+from gn_kernels.counting import Counter
 from gn_kernels.swap import attention, swap
 
 from .small_transformer import relative_error, weight_gradients

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks import step_cost
-from benchmarks.counting import MACHINES, Counter
 from benchmarks.step_cost import METHODS, NATURAL, Method, Size
+from gn_kernels.counting import MACHINES, Counter
 
 EAGER = next(method for method in METHODS if method.name == "gradient-norm, eager")
 H100 = next(machine for machine in MACHINES if machine.name == "H100")

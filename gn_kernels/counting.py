@@ -1,4 +1,4 @@
-"""Counts what a step does on meta tensors: bytes, kernel calls, FLOP, memory; and models its time.
+"""Counts what a step does, on meta tensors or real ones: bytes, kernel calls, FLOP and memory.
 
 Every call of an operation counts with the bytes of its tensor inputs and outputs; views and
 allocations are free. A raw op of gn_kernels is one call. Matrix products, convolutions and

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.counting import MACHINES, Counter, Machine
 from gn_kernels import functional
+from gn_kernels.counting import MACHINES, Counter, Machine
 
 N = 1000
 
