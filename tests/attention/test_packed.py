@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gn_kernels
-from benchmarks.counting import Counter
+from gn_kernels.counting import Counter
 from tests.attention.plain import (
     HEADS,
     errors,
