@@ -97,9 +97,23 @@ def _numbers(text: str) -> tuple[float, ...]:
 def _train(options: dict[str, Any]) -> int:
     for name in _NEEDED:
         __import__(name)  # what is missing is told before the training, not after it
+    from gn_kernels.training import distribution
+
+    with distribution.processes():
+        return _train_here(options)
+
+
+def _train_here(options: dict[str, Any]) -> int:
     # Here, not above: `info` and `--help` work without timm and the like.
     from gn_kernels.robustness import gradient_figure
-    from gn_kernels.training import Training, checkpoint, compare_steps, data, loop
+    from gn_kernels.training import (
+        Training,
+        checkpoint,
+        compare_steps,
+        data,
+        distribution,
+        loop,
+    )
 
     output, resume = options.pop("output"), options.pop("resume")
     overwrite, save_every_steps = options.pop("overwrite"), options.pop("save_every_steps")
@@ -111,27 +125,33 @@ def _train(options: dict[str, Any]) -> int:
         state = checkpoint.load(path)
         # What was not asked for is as it was; what was asked for must agree.
         settings = loop.settings_of(state, **options)
-    elif path.exists() and not overwrite:
+    elif checkpoint.exists(path) and not overwrite:
         raise InputError(
             f"{folder} holds a run already: add --resume to continue it, --overwrite to discard "
             "it, or another --output"
         )
     check_device(settings.device)
+    distribution.check(settings)
     dataset = data.load(settings)
     training = Training(settings, dataset)
     if state is not None:
         training.load_state(state)
         _warn_of_changes(state)
     folder.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        checkpoint.discard(path)
+    first = distribution.rank() == 0
 
     backend = loop.backend_in_use(settings.device) if settings.swap else "PyTorch"
-    print(
-        f"{settings.method} on {dataset.name}: {len(dataset.train):,} training and "
-        f"{len(dataset.test):,} test images, "
-        f"{sum(p.numel() for p in training.model.parameters()):,} parameters, "
-        f"{settings.threads} thread{'s' * (settings.threads > 1)}, kernels: {backend}"
-    )
-    with _progress(training) as observer:
+    processes = f"{distribution.size()} processes, " * (distribution.size() > 1)
+    if first:
+        print(
+            f"{settings.method} on {dataset.name}: {len(dataset.train):,} training and "
+            f"{len(dataset.test):,} test images, "
+            f"{sum(p.numel() for p in training.model.parameters()):,} parameters, "
+            f"{processes}{settings.threads} thread{'s' * (settings.threads > 1)}, kernels: {backend}"
+        )
+    with _progress(training) if first else contextlib.nullcontext(lambda _: None) as observer:
         try:
             training.run(path, observer, save_every_steps)
         except loop.Interrupted as interruption:
@@ -140,14 +160,17 @@ def _train(options: dict[str, Any]) -> int:
                 f"--output {folder}",
             )
             raise
+    model = training.trained()
+    if not first:
+        return 0
     print("Measuring ...", flush=True)
-    evaluation = measure(training.model, dataset, settings, settings.seed)
-    comparison = compare_steps(training)
+    evaluation = measure(model, dataset, settings, settings.seed)
+    comparison = compare_steps(training) if distribution.size() == 1 else None
 
     chosen = _one_of_each_class(dataset, 10)
     images, labels = on(settings.device, dataset.test.batch(chosen))
     picture = folder / "gradients.png"
-    gradient_figure(picture, training.model, images, labels, dataset.classes, _title(settings))
+    gradient_figure(picture, model, images, labels, dataset.classes, _title(settings))
     report = folder / "report.json"
     write_json(
         report,
@@ -167,7 +190,9 @@ def _train(options: dict[str, Any]) -> int:
                 "images_per_second": 1e3 * settings.batch_size / training.timing().median_ms,
                 "history": training.history(),
             },
-            "step_comparison": {
+            "processes": distribution.size(),
+            "step_comparison": comparison
+            and {
                 "variants": {
                     variant: {**timing._asdict(), "speedup": comparison.speedup(variant)}
                     for variant, timing in comparison.timings.items()
@@ -218,25 +243,30 @@ def _title(settings: Settings) -> str:
 
 
 def _rows(
-    evaluation: Evaluation, training: Training, comparison: StepComparison
+    evaluation: Evaluation, training: Training, comparison: StepComparison | None
 ) -> list[tuple[str, str]]:
     def milliseconds(timing: Timing) -> str:
         return f"{timing.median_ms:.1f} ms [{timing.p20_ms:.1f}, {timing.p80_ms:.1f}]"
 
     steps = training.timing()
+    again = (
+        [
+            (
+                f"same step again: {variant}",
+                f"{milliseconds(timing)}, {comparison.speedup(variant):.2f}x",
+            )
+            for variant, timing in comparison.timings.items()
+        ]
+        if comparison
+        else []
+    )
     return [
         *evaluation_rows(evaluation),
         (
             f"training step, {training.settings.batch_size} images, {steps.steps:,} steps",
             f"{milliseconds(steps)}, mean {steps.mean_ms:.1f}",
         ),
-        *(
-            (
-                f"same step again: {variant}",
-                f"{milliseconds(timing)}, {comparison.speedup(variant):.2f}x",
-            )
-            for variant, timing in comparison.timings.items()
-        ),
+        *again,
     ]
 
 

@@ -9,11 +9,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, RelaxedOneHotCategorical
 from torch.nn.functional import cross_entropy
 
 from gn_kernels.penalty import finite_difference_norm, gradient_norm, input_gradient
 from gn_kernels.robustness.contour import contour_energy
+from gn_kernels.training import distribution
 from gn_kernels.training.normalise import Normalise
 from gn_kernels.training.settings import (
     ACTIVATIONS,
@@ -130,7 +130,7 @@ def gradnorm(
     """
     if settings.random_start_255 > 0:
         radius = settings.random_start_255 / 255
-        images = (images + radius * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
+        images = (images + radius * (2 * distribution.rand_like(images) - 1)).clamp(0, 1)
     if settings.adversarial_start:
         images = _attacked_images(model, images, targets, epoch, settings, scale)
     eps = settings.eps_255 / 255
@@ -298,7 +298,7 @@ def _attacked_images(
         length *= min(math.floor(epoch) / settings.pgd_warmup_epochs, 1.0)
     images = images.detach()
     lower, upper = (images - radius).clamp(0, 1), (images + radius).clamp(0, 1)
-    point = torch.clamp(images + radius * (2 * torch.rand_like(images) - 1), lower, upper)
+    point = torch.clamp(images + radius * (2 * distribution.rand_like(images) - 1), lower, upper)
     reference = settings.pgd_gradients == "reference"
     parameters = [p for p in inner.parameters() if p.requires_grad] if reference else []
     with _in_eval_mode(inner), torch.enable_grad():
@@ -331,17 +331,19 @@ def _edge_objective(logits: Tensor, loss: Tensor, settings: Settings) -> Tensor:
         return loss
     # Probabilities in float32: under autocast the logits are not.
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    # Gumbel noise: argmax(zᵢ + noise) is distributed as softmax(zᵢ).
+    uniform = distribution.rand_like(logits.detach()).clamp_min(torch.finfo(logits.dtype).tiny)
+    noise = -(-uniform.log()).log()
     if settings.edge_variant == "smooth":
-        temperature = logits.new_tensor(settings.edge_temperature)
-        sample = RelaxedOneHotCategorical(temperature, logits=logits).rsample()
+        sample = ((logits + noise) / settings.edge_temperature).softmax(1)
         return (sample * logits).sum(1)
-    classes = Categorical(logits=logits.detach() / settings.edge_temperature).sample()
+    classes = (logits.detach() / settings.edge_temperature + noise).argmax(1)
     return logits.gather(1, classes[:, None])[:, 0]
 
 
 def _over_rms(x: Tensor) -> Tensor:
     # A batch without any contour, or without any gradient, stays 0 instead of becoming NaN.
-    return x / x.square().mean().clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+    return x / distribution.mean(x.square()).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
 
 
 def _normalisation(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

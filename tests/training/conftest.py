@@ -1,5 +1,8 @@
 """A run that takes a second: the digits, four patches, one narrow block."""
 
+import os
+import sys
+
 import pytest
 import torch
 
@@ -16,6 +19,12 @@ TINY = {
     "attack_steps": 2,
     "restarts": 1,
 }
+
+
+def environment(**variables):
+    """Of a process that imports what this one does."""
+    path = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
 
 
 @pytest.fixture

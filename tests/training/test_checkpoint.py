@@ -1,25 +1,35 @@
 """A checkpoint is whole or refused, and never runs code."""
 
+import errno
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from gn_kernels.training import InputError, checkpoint
+from tests.training.conftest import environment
+
+
+def _state(step):
+    return {"step": step, "tensors": {"model:weight": torch.arange(1000.0) + step}}
 
 
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, {"step": 1, "weight": torch.arange(1000.0)})
+    checkpoint.save(path, _state(1))
     return path
 
 
 def test_round_trip(path):
     state = checkpoint.load(path)
     assert state["step"] == 1
-    assert torch.equal(state["weight"], torch.arange(1000.0))
+    weight = torch.zeros(1000)
+    checkpoint.fill(state, "model", {"weight": weight})
+    assert torch.equal(weight, torch.arange(1000.0) + 1)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
@@ -32,7 +42,7 @@ def test_a_failure_while_writing_leaves_the_last_one_whole(path, monkeypatch, wh
         if where == "torch.save":
             write({"step": 2}, arguments[1])
             arguments[1].truncate(100)
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     module, name = {
         "torch.save": (torch, "save"),
@@ -40,10 +50,33 @@ def test_a_failure_while_writing_leaves_the_last_one_whole(path, monkeypatch, wh
         "os.replace": (os, "replace"),
     }[where]
     monkeypatch.setattr(module, name, fail)
-    with pytest.raises(OSError, match="no space"):
-        checkpoint.save(path, {"step": 2})
+    with pytest.raises(InputError, match=r"No space left on device.*the last one is kept"):
+        checkpoint.save(path, _state(2))
     monkeypatch.undo()
     assert path.read_bytes() == content
+    assert checkpoint.load(path)["step"] == 1
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from gn_kernels.training import InputError, checkpoint
+path = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    checkpoint.save(path, {"step": 2, "tensors": {"model:weight": torch.zeros(5000)}})
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_while_writing_leaves_the_last_one_whole(path):
+    # A process's limit on the size of files stands for the disk: write() fails the same way.
+    command = [sys.executable, "-c", _FULL_DISK, str(path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert "can't be written (File too large); the last one is kept" in done.stdout
     assert checkpoint.load(path)["step"] == 1
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
@@ -55,13 +88,60 @@ def test_the_file_is_on_the_disk_before_it_takes_its_name(path, monkeypatch):
         monkeypatch.setattr(
             os, name, lambda *a, name=name, original=original: (order.append(name), original(*a))
         )
-    checkpoint.save(path, {"step": 2})
-    assert order == ["fsync", "replace", "fsync"]
+    checkpoint.save(path, _state(2))
+    assert order == ["fsync", "replace", "replace", "fsync"]
 
 
-def _flip_a_weight(path):
+def test_the_last_two_are_kept(path):
+    for step in (2, 3):
+        checkpoint.save(path, _state(step))
+    before = checkpoint.previous(path)
+    assert sorted(path.parent.iterdir()) == sorted([path, before])
+    assert (checkpoint.load(path)["step"], checkpoint.load(before)["step"]) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: _flip_a_weight(path, 2),
+        # As a kill between the two renamings leaves it.
+        lambda path: path.unlink(),
+    ],
+)
+def test_where_the_last_one_is_damaged_the_one_before_it_is_used(path, caplog, damage):
+    checkpoint.save(path, _state(2))
+    damage(path)
+    assert checkpoint.exists(path)
+    assert checkpoint.load(path)["step"] == 1
+    assert "the one before it is used, of step 1" in caplog.text
+
+
+def test_code_in_the_last_one_is_not_passed_over(path):
+    checkpoint.save(path, _state(2))
+    torch.save({"format": _Code()}, path)
+    with pytest.raises(InputError, match="it could run code"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"weight": torch.zeros(2)}, r"weight has shape \[1000\] there and \[2\] here"),
+        ({}, r"weight has shape \[1000\] there and None here"),
+        ({"weight": torch.zeros(1000), "bias": torch.zeros(1)}, "bias has shape None there"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_and_left(path, tensors, words):
+    with pytest.raises(InputError, match=words):
+        checkpoint.fill(checkpoint.load(path), "model", tensors)
+    assert all(not tensor.any() for tensor in tensors.values())
+
+
+def _flip_a_weight(path, step=1):
     content = bytearray(path.read_bytes())
-    position = content.index(torch.arange(1000.0).numpy().tobytes()) + 2001
+    position = content.index((torch.arange(1000.0) + step).numpy().tobytes()) + 2001
     content[position] ^= 0x40
     path.write_bytes(content)
 

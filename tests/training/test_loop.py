@@ -1,6 +1,5 @@
 """Determinism, resuming, signals, and the comparison of step times."""
 
-import os
 import random
 import signal
 import subprocess
@@ -13,14 +12,14 @@ from sklearn.datasets import load_digits
 from gn_kernels.penalty import gradient_norm
 from gn_kernels.training import InputError, Settings, Training, checkpoint, compare_steps, load
 from gn_kernels.training.loop import Interrupted, settings_of
-from tests.training.conftest import TINY
+from tests.training.conftest import TINY, environment
 
 
 def _bits(training):
     optimizer = training.optimizer.state_dict()["state"]
     return [
         *(tensor.clone() for tensor in training.model.state_dict().values()),
-        *(value.clone() for state in optimizer.values() for value in state.values()),
+        *(value.clone() for _, state in sorted(optimizer.items()) for value in state.values()),
         training.record[:, :2].clone(),
     ]
 
@@ -59,8 +58,8 @@ def test_an_epoch_takes_each_image_at_most_once_in_a_new_order(training):
     epochs = [
         [tuple(image.flatten().tolist()) for step in range(per_epoch) for image in batch(step)]
         for batch in (
-            lambda step: training._batch(step)[0],
-            lambda step: training._batch(per_epoch + step)[0],
+            lambda step: training._part(step, 0)[0],
+            lambda step: training._part(per_epoch + step, 0)[0],
         )
     ]
     assert epochs[0] != epochs[1]
@@ -113,8 +112,7 @@ training.run(Path({path!r}), observer, save_every_steps=2)
 def test_killed_between_two_checkpoints_and_resumed_equals_uninterrupted(settings, tmp_path):
     path = tmp_path / "checkpoint.pt"
     script = _KILLED.format(settings=TINY, step=7, path=str(path))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ended = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
+    ended = subprocess.run([sys.executable, "-c", script], env=environment(), check=False)
     assert ended.returncode == -signal.SIGKILL
     state = checkpoint.load(path)
     assert state["step"] == 6
@@ -140,9 +138,9 @@ def test_checkpoint_of_other_settings_is_refused(training, changes, words):
 
 def test_checkpoint_of_another_model_or_data_set_is_refused(training):
     for change, words in (
-        ({"model": {"weight": torch.zeros(2)}}, "do not fit"),
+        ({"tensors": {"model:weight": torch.zeros(2)}}, "model does not fit"),
         ({"dataset": {**training.data.summary(), "train_images": 3}}, "train_images 3"),
-        ({"optimizer": {"state": {}, "param_groups": []}}, "can't be continued"),
+        ({"step": "x"}, "can't be continued"),
     ):
         with pytest.raises(InputError, match=words):
             training.load_state({**training.state(), **change})
