@@ -42,6 +42,7 @@ def _report(folder):
 
 def test_train_writes_checkpoint_report_and_picture(run):
     assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoint.previous.pt",
         "checkpoint.pt",
         "gradients.png",
         "report.json",

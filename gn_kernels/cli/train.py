@@ -143,13 +143,15 @@ def _train_here(options: dict[str, Any]) -> int:
     first = distribution.rank() == 0
 
     backend = loop.backend_in_use(settings.device) if settings.swap else "PyTorch"
-    processes = f"{distribution.size()} processes, " * (distribution.size() > 1)
+    workers = f"{settings.threads} thread{'s' * (settings.threads > 1)}"
+    if distribution.size() > 1:
+        workers = f"{distribution.size()} processes of {workers}"
     if first:
         print(
             f"{settings.method} on {dataset.name}: {len(dataset.train):,} training and "
             f"{len(dataset.test):,} test images, "
             f"{sum(p.numel() for p in training.model.parameters()):,} parameters, "
-            f"{processes}{settings.threads} thread{'s' * (settings.threads > 1)}, kernels: {backend}"
+            f"{workers}, kernels: {backend}"
         )
     with _progress(training) if first else contextlib.nullcontext(lambda _: None) as observer:
         try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -199,7 +200,10 @@ def wrap(model: nn.Module, settings: Settings) -> nn.Module:
     if settings.distributed == "ddp":
         # Buffers: a method may call the model twice before the backward pass, and a broadcast in
         # between would change what the first call saved.
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # Of a new name for broadcast_buffers, which earlier versions do not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(model, broadcast_buffers=False)
     return model
 
 
