@@ -14,10 +14,10 @@ def pgd(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    eps: float,
+    eps: float | Tensor,
     *,
     steps: int,
-    step_size: float,
+    step_size: float | Tensor,
     restarts: int = 1,
     random_start: bool = True,
     keep: str = "worst",
@@ -38,9 +38,9 @@ def pgd(
         model: pixels in [0, 1] to logits; normalises its input itself.
         images: (B, …), floating point, in [0, 1].
         labels: (B,), class indices, or (B, classes), probabilities, as mixup gives them.
-        eps: ε, in units of the pixels.
+        eps: ε, in units of the pixels; a tensor of shape (B, 1, …) for one of each image.
         steps: gradient steps, at least 1.
-        step_size: α, in units of the pixels.
+        step_size: α, in units of the pixels, likewise.
         restarts: how often to start anew, at least 1.
         random_start: start at a random point of the ball, or at the image itself.
         keep: ``"worst"`` or ``"last"``; the last point goes with one restart only.
@@ -55,7 +55,7 @@ def pgd(
 
     Source: Madry et al., https://arxiv.org/abs/1706.06083.
     """
-    if steps < 1 or restarts < 1 or eps < 0:
+    if steps < 1 or restarts < 1 or torch.as_tensor(eps).lt(0).any():
         raise ValueError(
             "steps and restarts must be at least 1 and eps at least 0, but got "
             f"{steps}, {restarts} and {eps}"

@@ -100,15 +100,20 @@ def hessian_vector_products(
     def product(vectors: Tensor) -> Tensor:
         with torch.enable_grad():
             result = _gradient((gradients * vectors).sum(), pixels, False, retain_graph=True)
-        return torch.zeros_like(pixels) if result is None else result
+        if result is None:  # a second derivative of 0 would look the same, but is a graph's
+            raise NotDifferentiableError(_SECOND)
+        return result
 
     return product, gradients.detach()
 
 
 _SECOND = (
-    "the model is not twice differentiable: an operation has no second derivative; "
-    "gn_kernels.swap(model) replaces those it knows, timm's fused attention among them"
+    "the model is not twice differentiable: an operation has a first derivative only, or the loss "
+    "is linear in the pixels; gn_kernels.swap(model) replaces operations that it knows, timm's "
+    "fused attention among them"
 )
+
+_FIRST_ORDER = ("is not implemented", "double backward", "differentiate twice")
 
 
 def _gradient(
@@ -121,8 +126,8 @@ def _gradient(
             value, pixels, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
         )
     except RuntimeError as error:
-        # PyTorch's own wording, for its operations with a first derivative only.
-        if "not implemented" in str(error) or "does not support double backward" in str(error):
+        # PyTorch's own wording, for operations with a first derivative only.
+        if any(words in str(error) for words in _FIRST_ORDER):
             raise NotDifferentiableError(_SECOND) from error
         raise
     return gradient

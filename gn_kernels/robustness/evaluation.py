@@ -17,7 +17,7 @@ from gn_kernels.robustness.attacks import _attacked, pgd
 from gn_kernels.robustness.differentiate import input_gradients
 from gn_kernels.robustness.images import Images, batches, check_images, check_labels, check_logits
 from gn_kernels.robustness.masking import BLACK_BOX, masking_warnings
-from gn_kernels.robustness.resume import Progress, Stage, digest
+from gn_kernels.robustness.resume import Progress, Stage, digest, generator
 from gn_kernels.version import __version__
 
 # Names that stand for several attacks.
@@ -279,7 +279,7 @@ class _Run:
             steps=self.identity["attack_steps"],
             step_size=2.5 * eps / self.identity["attack_steps"],
             restarts=self.identity["restarts"],
-            generator=_generator(seed, position),
+            generator=generator(seed, position),
         )
 
     def warnings(self, eps_255: float) -> list[str]:
@@ -294,9 +294,14 @@ class _Run:
         chosen = correct.nonzero().flatten()[:_CHECKED_IMAGES]
         if len(chosen):
             pixels, labels = self.images[chosen]
-            generator = _generator(self.identity["seed"], 0)
-            steps = self.identity["attack_steps"]
-            found += masking_warnings(self.model, pixels, labels, eps_255 / 255, steps, generator)
+            found += masking_warnings(
+                self.model,
+                pixels,
+                labels,
+                eps_255 / 255,
+                self.identity["attack_steps"],
+                generator(self.identity["seed"], 0),
+            )
         return found
 
     def _broken_by_square(self, eps_255: float) -> float:
@@ -317,11 +322,6 @@ def _expand(attacks: Sequence[str]) -> list[str]:
             )
         names += [name for name in SUITES.get(attack, (attack,)) if name not in names]
     return names
-
-
-def _generator(seed: int, position: int) -> torch.Generator:
-    # torch's CPU generator looks at the lower 32 bits of its seed only.
-    return torch.Generator().manual_seed((1_000_003 * (seed + 1) + position) % 2**32)
 
 
 def pack(flags: Tensor) -> str:

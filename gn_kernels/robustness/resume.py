@@ -92,3 +92,9 @@ def digest(values: Iterable[tuple[str, Tensor]]) -> str:
         plain = value.detach().cpu().contiguous()
         found.update(plain.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
+
+
+def generator(seed: int, position: int) -> torch.Generator:
+    """For the batch at ``position``: what is drawn does not depend on where a run was resumed."""
+    # torch's CPU generator looks at the lower 32 bits of its seed only.
+    return torch.Generator().manual_seed((1_000_003 * (seed + 1) + position) % 2**32)
