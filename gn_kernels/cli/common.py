@@ -118,19 +118,19 @@ def load_trained(path: Path, weights: str | None, **changes: Any) -> Trained:
     from gn_kernels.training import checkpoint, data, loop
     from gn_kernels.training.model import build, prepare
 
-    path = path / loop.CHECKPOINT if path.is_dir() else path
+    # A checkpoint of several processes is a folder itself.
+    path = path / loop.CHECKPOINT if (path / loop.CHECKPOINT).exists() else path
     state = checkpoint.load(path)
     settings = loop.settings_of(state, **changes)
     check_device(settings.device)
     dataset = data.load(settings)
     model = build(settings, dataset)
     prepare(model, settings)
-    average = state.get("ema")
-    if weights == "ema" and average is None:
-        raise InputError(f"{path} holds no averaged weights: it was trained without them")
-    if weights is None:
-        weights = "raw" if average is None else "ema"
-    loop.load_weights(model, dataset, {**state, "model": average} if weights == "ema" else state)
+    average = bool(checkpoint.sizes(state, "average"))
+    if weights == "ema" and not average:
+        raise InputError(f"{path} holds no averaged weights: it was trained with ema_decay 0")
+    weights = weights or ("ema" if average else "raw")
+    loop.load_weights(model, dataset, state, averaged=weights == "ema")
     return Trained(path, state, settings, dataset, model.eval(), weights)
 
 

@@ -44,10 +44,10 @@ class Noisy(nn.Module):
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """Two checkpoints of the digits, after a few steps: natural and gradnorm."""
+    """Two checkpoints of the digits, after a few steps: natural, and gradnorm with an average."""
     paths = {}
     for method in ("natural", "gradnorm"):
-        settings = Settings(**TINY, method=method)
+        settings = Settings(**TINY, method=method, ema_decay=0.0 if method == "natural" else 0.9)
         training = Training(settings, load(settings))
         training.run()
         paths[method] = tmp_path_factory.mktemp(method) / "checkpoint.pt"

@@ -55,6 +55,20 @@ def test_an_interruption_says_how_to_continue(checkpoints, tmp_path, capsys, mon
     assert again == whole
 
 
+def test_averaged_and_raw_weights(checkpoints, tmp_path):
+    found = {
+        name: _evaluation(checkpoints["gradnorm"], "--images", "20", *options, tmp_path / name)
+        for name, options in (
+            ("default", ()),
+            ("ema", ("--weights", "ema")),
+            ("raw", ("--weights", "raw")),
+        )
+    }
+    assert found["default"]["weights"] == "ema"
+    digests = {name: figures["evaluation"]["model"] for name, figures in found.items()}
+    assert digests["default"] == digests["ema"] != digests["raw"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
