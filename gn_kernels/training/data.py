@@ -117,6 +117,25 @@ class FolderSplit:
         return torch.tensor(self.folder.targets)[self.indices]
 
 
+class Part:
+    """Some of the images of a split."""
+
+    def __init__(self, split: Split, indices: Tensor) -> None:
+        self.split, self.indices = split, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split.batch(self.indices[indices])
+
+    def picture(self, index: int) -> tuple[Image, int]:
+        return self.split.picture(int(self.indices[index]))
+
+    def all_labels(self) -> Tensor:
+        return self.split.all_labels()[self.indices]
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set and what a model must know of it.
@@ -178,6 +197,7 @@ def load(settings: Settings) -> Dataset:
         data = _image_folder(_existing_folder(settings.data), settings)
     if settings.test_list is not None and settings.dataset != "folder":
         raise InputError("test_list names images of a folder: it needs --dataset folder")
+    data = _chosen(data, settings)
     side = data.test.batch(torch.tensor([0]))[0].shape[-1]
     if side != settings.image_size:
         raise InputError(
@@ -189,6 +209,23 @@ def load(settings: Settings) -> Dataset:
             f"{settings.batch_size}"
         )
     return data
+
+
+def _chosen(data: Dataset, settings: Settings) -> Dataset:
+    """What of the data ``train_images`` and ``validate`` choose."""
+    count = len(data.train)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    test, held_out = data.test, 0
+    if settings.validate:
+        held_out = count // 10
+        test = Part(data.train, order[count - held_out :])
+    wanted = settings.train_images or count - held_out
+    if wanted > count - held_out:
+        raise InputError(
+            f"train_images is {wanted}, but {data.name} has {count - held_out} training images"
+        )
+    train = data.train if wanted == count else Part(data.train, order[:wanted])
+    return dataclasses.replace(data, train=train, test=test)
 
 
 _CIFAR_ADVICE = (

@@ -71,12 +71,24 @@ class Settings:
     test_list: str | None = _setting(
         "task", None, "file that lists the test images of a folder, one path a line"
     )
+    train_images: int | None = _setting(
+        "task",
+        None,
+        "train on this many of the training images, at random but always the same; all",
+        least=1,
+    )
+    validate: bool = _setting(
+        "task",
+        False,
+        "hold a tenth of the training images out and test on them: to choose these settings by",
+    )
     workers: int = _setting("task", 0, "processes that read and augment images")
 
     model: str = _setting(
         "model",
         "vit",
-        "vit: the small one that the next options describe; a name of timm; or transformers:NAME",
+        "vit, resnet: the small ones that the next options describe; a name of timm; or "
+        "transformers:NAME",
     )
     patch_size: int = _setting("model", 2, "side of the small ViT's patch, in pixels", least=1)
     embed_dim: int = _setting("model", 48, "its width", least=1)

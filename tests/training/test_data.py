@@ -1,5 +1,6 @@
 """The data sets, and what is said of missing and damaged ones."""
 
+import dataclasses
 import gzip
 import os
 import pickle
@@ -306,3 +307,29 @@ def test_empty_folder_and_single_images(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name / "only.png")
     with pytest.raises(InputError, match="split"):
         load(Settings(dataset="folder", data=str(tmp_path)))
+
+
+def test_train_images_are_chosen_once_and_validation_images_are_no_training_images(idx_folder):
+    whole = load(_fashion(idx_folder)).train.batch(torch.arange(40))[0]
+
+    def chosen(**options):
+        data = load(dataclasses.replace(_fashion(idx_folder), **options))
+        return [
+            {
+                int((whole == image).flatten(1).all(1).nonzero())
+                for image in split.batch(_indices(split))[0]
+            }
+            for split in (data.train, data.test)
+            if len(split) != 20  # the test images
+        ]
+
+    (ten,) = chosen(train_images=10)
+    (twelve,) = chosen(train_images=12)
+    assert len(ten) == 10
+    assert ten < twelve
+    train, held_out = chosen(validate=True)
+    assert (len(train), len(held_out)) == (36, 4)
+    assert not train & held_out
+    assert chosen(validate=True, train_images=12) == [twelve, held_out]
+    with pytest.raises(InputError, match="train_images is 37, but fashion-mnist has 36"):
+        chosen(validate=True, train_images=37)
