@@ -1,34 +1,49 @@
-"""What the GPU kernels compile to: registers, spills, access widths, instructions per element.
+"""What the GPU kernels compile to, and whether it got worse.
 
-    python -m benchmarks.generated_code [--target sm_90] [--dtype bfloat16] [--kind gelu]
-                                        [--json FILE]
+    python -m benchmarks.generated_code [--check | --write] [--all] [--family attention]
+                                        [--target sm_90] [--dtype bfloat16] [--subject gelu]
 
 Needs no GPU: Triton brings the compilers of both vendors. A family lists calls of its own public
 functions; every kernel that they launch is caught and compiled with the very arguments, options and
 specialisation of that launch, for each target.
+
+Counted: registers, spills, shared memory, widths of the accesses to global memory, and instructions
+per element by pipe, on the way that whole blocks take, a loop as often as the launch's size says.
+Modelled: issue time ÷ memory time, the instructions at four a clock and multiprocessor against each
+tensor once at the memory's rate: A100 for sm_80, H100 for sm_90, B200 for sm_100.
+
+``--check`` compares with results/generated_code.csv and exits with 1 where a kernel got worse by
+more than 5 %; ``--write`` makes that file again.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import heapq
-import json
+import csv
+import itertools
+import math
+import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from benchmarks import assembly, common
+from benchmarks.assembly import PIPES, Instruction
+from benchmarks.common import Row
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,309 +51,496 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+BASELINE = common.RESULTS / "generated_code.csv"
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A call that launches one kernel."""
+class Machine(NamedTuple):
+    """A GPU of the SXM form, as the vendor states it."""
+
+    name: str
+    multiprocessors: int
+    clock_hz: float  # boost
+    bytes_s: float
+
+    def issue_over_memory(self, thread_instructions: float, moved: int) -> float:
+        """Time to issue, a warp of 32 threads at a time, ÷ time to move the bytes."""
+        warps_s = self.multiprocessors * 4 * self.clock_hz
+        return thread_instructions / 32 / warps_s / (moved / self.bytes_s)
+
+
+MACHINES = {
+    "sm_80": Machine("A100", 108, 1.410e9, 2.039e12),
+    "sm_90": Machine("H100", 132, 1.755e9, 3.35e12),
+    "sm_100": Machine("B200", 148, 1.965e9, 8.0e12),
+}
+_AMD_PROCESSORS = 304  # of an MI300X
+
+# The sizes of a ViT-B and of the third stage of a Swin-B, batch 64.
+_BATCH, _TOKENS, _WIDTH = 64, 197, 768
+_WINDOWS, _WINDOW, _WINDOW_HEADS = 256, 49, 16
+
+
+class Case(NamedTuple):
+    """Kernels that are compiled together, by what tells their calls from others."""
 
     family: str
-    kind: str
-    order: str
-    dtype: torch.dtype
-    call: Callable[[], object]
-    block: str  # the kernel's argument that says how many elements a program computes
-
-
-@dataclasses.dataclass(frozen=True)
-class GeneratedCode:
-    """What one kernel compiled to. Widths and instructions are those of the main path."""
-
-    family: str
-    kind: str
-    order: str
+    subject: str  # the activation; the row length; head size and bias
     dtype: str
     target: str
-    registers: int
-    spills: int
-    shared_bytes: int
-    load_bits: list[int]
-    store_bits: list[int]
-    instructions_per_element: float
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.subject} {self.dtype} {self.target}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of assembly: where it may go next, and its access to global memory, if any."""
+class Launch(NamedTuple):
+    """A kernel with what it was launched with."""
 
-    labels: tuple[str, ...]
-    target: str | None = None
-    falls_through: bool = True
-    ends: bool = False
-    access: tuple[str, int] | None = None  # ("load" or "store", bits)
-
-
-def activation_cases() -> Iterator[Case]:
-    """Every specialisation of the activation kernels."""
-    from gn_kernels.activation import triton_kernels as kernels
-
-    for dtype in DTYPES:
-        x = torch.empty(5, dtype=dtype)
-        for kind in kernels.KINDS:
-            for order, call in (
-                ("forward", lambda x=x, kind=kind: kernels.forward(x, kind)),
-                ("backward", lambda x=x, kind=kind: kernels.backward(x, x, kind)),
-                (
-                    "double_backward",
-                    lambda x=x, kind=kind: kernels.double_backward(x, x, x, kind, [True, True]),
-                ),
-                (
-                    "double_backward, of x alone",
-                    lambda x=x, kind=kind: kernels.double_backward(x, x, x, kind, [False, True]),
-                ),
-            ):
-                yield Case("activation", kind, order, dtype, call, "BLOCK")
+    order: str
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    grid: tuple[int, ...]
 
 
-FAMILIES = {"activation": activation_cases}
+class Family(NamedTuple):
+    """How a family is measured.
 
-
-def compile_call(call: Callable[[], object], target: GPUTarget) -> tuple[Any, dict[str, Any]]:
-    """The kernel that ``call`` launches, compiled for ``target``, and the launch's arguments."""
-    launches = []
-
-    def catch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append((self, args, kwargs))
-
-    hip = "7.0" if target.backend == "hip" else None
-    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(torch.version, "hip", hip):
-        call()
-    ((kernel, args, kwargs),) = launches
-
-    # As the launcher does: a pair (type, specialisation) for each argument of the kernel.
-    backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    arguments, specialisation, options = bind(*args, **kwargs)
-    types = {p.name: s[0] for p, s in zip(kernel.params, specialisation, strict=True)}
-    source = ASTSource(
-        kernel,
-        signature=types,
-        constexprs={name: arguments[name] for name, t in types.items() if t == "constexpr"},
-        attrs={
-            (p.num,): backend.parse_attr(s[1])
-            for p, s in zip(kernel.params, specialisation, strict=True)
-            if s[0] != "constexpr" and isinstance(s[1], str)
-        },
-    )
-    return triton.compile(source, target=target, options=options), arguments
-
-
-def measure(case: Case, target_name: str) -> GeneratedCode:
-    """Compile one case for one target and read its assembly."""
-    target = TARGETS[target_name]
-    compiled, arguments = compile_call(case.call, target)
-    threads = compiled.metadata.num_warps * target.warp_size
-    if target.backend == "cuda":
-        resources, code = _read_cubin(compiled.asm["cubin"])
-    else:
-        resources, code = _read_amdgcn(compiled.asm["amdgcn"])
-    path = main_path(code)
-    return GeneratedCode(
-        case.family,
-        case.kind,
-        case.order,
-        str(case.dtype).removeprefix("torch."),
-        target_name,
-        *resources,
-        load_bits=_widths(path, "load"),
-        store_bits=_widths(path, "store"),
-        instructions_per_element=len(path) * threads / arguments[case.block],
-    )
-
-
-def _widths(path: list[Instruction], kind: str) -> list[int]:
-    return sorted({i.access[1] for i in path if i.access and i.access[0] == kind})
-
-
-def main_path(code: list[Instruction]) -> list[Instruction]:
-    """The way from entry to exit that whole blocks take.
-
-    It has some of the kernel's widest accesses to global memory, which masked tails have not; of
-    these ways, the one with the fewest narrow accesses, then the shortest. Every loop counts once.
+    Attributes:
+        subjects: those of the gate for each dtype, and the others of ``--all``.
+        calls: of its public functions, by order, for a subject, on meta tensors.
+        elements: what is divided by, from a kernel's name and its arguments by name.
+        trips: how often a thread passes its main loop, from the arguments and the programs.
+        path: the way through the code that is counted.
     """
-    place = {label: i for i, instruction in enumerate(code) for label in instruction.labels}
-    widest = max(instruction.access[1] for instruction in code if instruction.access)
-    # A state says where, and whether one of the widest accesses was made by then.
-    before: dict[Any, Any] = {}
-    queue: list[tuple[int, int, tuple[int, bool], Any]] = [(0, 0, (0, False), (-1, False))]
-    while queue:
-        narrow, steps, state, previous = heapq.heappop(queue)
-        if state in before:
-            continue
-        before[state] = previous
-        at, made = state
-        instruction = code[at]
-        if instruction.ends and made:
-            return _way_to(state, before, code)
-        following = [at + 1] if instruction.falls_through else []
-        if instruction.target is not None:
-            following.append(place[instruction.target])
-        wide = instruction.access is not None and instruction.access[1] == widest
-        narrow += instruction.access is not None and not wide
-        for successor in following:
-            heapq.heappush(queue, (narrow, steps + 1, (successor, made or wide), state))
-    raise ValueError("the kernel has no exit after its widest access")
+
+    subjects: Callable[[str], tuple[list[str], list[str]]]
+    calls: Callable[[str, torch.dtype], Iterator[tuple[str, Callable[[], object]]]]
+    elements: Callable[[str, dict[str, Any]], int]
+    trips: Callable[[dict[str, Any], int], float]
+    path: Callable[[Sequence[Instruction]], list[int]]
 
 
-def _way_to(state: Any, before: dict[Any, Any], code: list[Instruction]) -> list[Instruction]:
-    way = []
-    while state in before:
-        way.append(code[state[0]])
-        state = before[state]
-    return way[::-1]
+# -- The families --------------------------------------------------------------------------------
 
 
-def _read_cubin(cubin: bytes) -> tuple[tuple[int, int, int], list[Instruction]]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "kernel.cubin")
-        file.write_bytes(cubin)
-        tools = Path(nvidia.__file__).with_name("bin")
-        usage = _output([tools / "cuobjdump", "-res-usage", file])
-        listing = _output([tools / "nvdisasm", "-c", file])
-    found = dict(re.findall(r"(REG|SHARED):(\d+)", usage))
-    code = []
-    labels: tuple[str, ...] = ()
-    for line in listing.splitlines():
-        if label := re.match(r"(\S+):$", line):
-            labels += (label[1],)
-        elif parts := re.match(r"\s+/\*\w+\*/\s+(@\S+ )?\s*([A-Z]\S*)(.*);", line):
-            guard, name, operands = parts.groups()
-            operation = name.split(".")[0]
-            target = re.search(r"`\((\S+)\)", operands) if operation == "BRA" else None
-            # A condition is a guard in front or an operand before the label.
-            always = guard is None and (target is None or operands.lstrip().startswith("`"))
-            code.append(
-                Instruction(
-                    labels,
-                    target[1] if target else None,
-                    falls_through=operation not in ("BRA", "EXIT", "RET") or not always,
-                    ends=operation == "EXIT",
-                    access=_sass_access(operation, name),
-                )
-            )
-            labels = ()
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", listing))
-    return (int(found["REG"]), spills, int(found["SHARED"])), code
+def _activation_subjects(dtype: str) -> tuple[list[str], list[str]]:
+    kernels = import_module("gn_kernels.activation.triton_kernels")
+    return list(kernels.KINDS), []
 
 
-def _sass_access(operation: str, name: str) -> tuple[str, int] | None:
-    if operation not in ("LDG", "STG"):
-        return None
-    width = re.search(r"\.[US]?(8|16|64|128|256)\b", name)
-    return ("load" if operation == "LDG" else "store", int(width[1]) if width else 32)
-
-
-def _amd_bits(width: str) -> int:
-    # CDNA names widths, from byte to dwordx4; RDNA ends in the number of bits.
-    named = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-    return named.get(width) or int(re.search(r"\d+$", width)[0])
-
-
-def _read_amdgcn(assembly: str) -> tuple[tuple[int, int, int], list[Instruction]]:
-    def number(key: str) -> int:
-        (value,) = re.findall(rf"\.{key}:\s+(\d+)", assembly)
-        return int(value)
-
-    code = []
-    labels: tuple[str, ...] = ()
-    for line in assembly[: assembly.index(".Lfunc_end0")].splitlines():
-        if label := re.match(r"(\S+):", line):
-            labels += (label[1],)
-        elif parts := re.match(r"\s+([a-z]\w+)\s*([^;]*)", line):
-            name, operands = parts.groups()
-            branches = re.match(r"s_c?branch", name)
-            access = re.match(
-                r"(?:global|buffer|flat)_(load|store)_(?:[us](?=byte|short))?(\w+?)(?:_d16\w*)?$",
-                name,
-            )
-            code.append(
-                Instruction(
-                    labels,
-                    operands.strip() if branches else None,
-                    falls_through=name not in ("s_branch", "s_endpgm"),
-                    ends=name == "s_endpgm",
-                    access=(access[1], _amd_bits(access[2])) if access else None,
-                )
-            )
-            labels = ()
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-    resources = number("vgpr_count"), spills, number("group_segment_fixed_size")
-    return resources, code
-
-
-def _output(command: list[str | Path]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def measurements(
-    families: list[str], targets: list[str], select: Callable[[Case], bool] = lambda case: True
-) -> Iterator[GeneratedCode]:
-    """Compile and measure the cases that ``select`` accepts."""
-    for family in families:
-        for case in filter(select, FAMILIES[family]()):
-            for target in targets:
-                yield measure(case, target)
-
-
-def table(rows: list[GeneratedCode]) -> str:
-    """The rows as plain text."""
-    head = ("kind", "order", "dtype", "target", "registers", "spills", "shared", "load", "store")
-    cells = [
-        (*head, "instructions"),
-        *(
-            (
-                *(row.kind, row.order, row.dtype, row.target),
-                *map(str, (row.registers, row.spills, row.shared_bytes)),
-                "/".join(map(str, row.load_bits)),
-                "/".join(map(str, row.store_bits)),
-                f"{row.instructions_per_element:.1f}",
-            )
-            for row in rows
-        ),
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
+def _activation_calls(kind: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    kernels = import_module("gn_kernels.activation.triton_kernels")
+    # Some elements more than whole blocks hold: the kernel must have its tail.
+    v, grad, x = (_meta(_BATCH * _TOKENS * 4 * _WIDTH + 5, dtype=dtype) for _ in range(3))
+    yield "forward", lambda: kernels.forward(x, kind)
+    yield "backward", lambda: kernels.backward(grad, x, kind)
+    yield "double_backward", lambda: kernels.double_backward(v, grad, x, kind, [True, True])
+    yield (
+        "double_backward, of x alone",
+        lambda: kernels.double_backward(v, grad, x, kind, [False, True]),
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def _layer_norm_subjects(dtype: str) -> tuple[list[str], list[str]]:
+    return ["768"], ["1", "197", "192", "384", "1024", "1536", "8192"]
+
+
+def _layer_norm_calls(
+    subject: str, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    kernels = import_module("gn_kernels.layer_norm.triton_kernels")
+    length, rows = int(subject), _BATCH * _TOKENS
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    v, grad, x = _meta(3, rows, length, dtype=dtype).unbind(0)
+    weight, bias, u, t = _meta(4, length, dtype=wide).unbind(0)  # as autocast gives them
+    row = _meta(2, rows, dtype=wide).unbind(0)
+    every, of_x = [True, True, True], [True, False, False]
+    yield "forward", lambda: kernels.forward(x, length, weight, bias, 1e-6)
+    yield (
+        "backward, of x alone",
+        lambda: kernels.backward(grad, x, length, weight, bias, *row, of_x),
+    )
+    yield "backward", lambda: kernels.backward(grad, x, length, weight, bias, *row, every)
+    yield (
+        "double_backward, from x alone",
+        lambda: kernels.double_backward(v, None, None, grad, x, length, weight, *row, every),
+    )
+    yield (
+        "double_backward",
+        lambda: kernels.double_backward(v, u, t, grad, x, length, weight, *row, every),
+    )
+
+
+def _layer_norm_elements(kernel: str, arguments: dict[str, Any]) -> int:
+    return int(arguments["partials" if kernel == "_column_sums_kernel" else "x"].numel())
+
+
+def _layer_norm_trips(arguments: dict[str, Any], programs: int) -> float:
+    if "COUNT" in arguments:
+        return math.ceil(arguments["count"] / arguments["COUNT"])
+    return arguments["rows"] / arguments["ROWS"] / programs
+
+
+def _attention_subjects(dtype: str) -> tuple[list[str], list[str]]:
+    if dtype == "float64":
+        return [], []  # the formula's
+    others = [f"{size}{bias}" for size in (16, 32, 64, 80, 128) for bias in ("", ", bias")]
+    gate = {"bfloat16": ["64", "32, bias"], "float32": ["64"]}.get(dtype, [])
+    return gate, [one for one in others if one not in gate]
+
+
+def _attention_calls(
+    subject: str, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    kernels = import_module("gn_kernels.attention.triton_kernels")
+    size = int(subject.split(",")[0])
+    biased = subject.endswith("bias")
+    batch, heads, n = (
+        (_WINDOWS, _WINDOW_HEADS, _WINDOW) if biased else (_BATCH, _WIDTH // size, _TOKENS)
+    )
+    # Views of a packed tensor, as a ViT has them.
+    q, k, v = _meta(batch, n, 3, heads, size, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    aq, ak, av = _meta(batch, n, 3, heads, size, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    grad, out, *results = _meta(6, batch, n, heads, size, dtype=dtype).transpose(2, 3).unbind(0)
+    lse = _meta(batch, heads, n, dtype=torch.float32)
+    bias, abias, for_bias = (
+        _meta(3, 1, heads, n, n, dtype=dtype).unbind(0) if biased else (None, None, None)
+    )
+    scale = size**-0.5
+    yield "forward", lambda: kernels.forward(q, k, v, bias, scale, out, lse)
+    yield (
+        "backward",
+        lambda: kernels.backward(grad, q, k, v, bias, out, lse, scale, *results[:3], for_bias),
+    )
+    yield (
+        "double_backward",
+        lambda: kernels.double_backward(
+            *(aq, ak, av, abias, grad, q, k, v, bias, out, lse, scale, *results, for_bias)
+        ),
+    )
+
+
+def _attention_elements(kernel: str, arguments: dict[str, Any]) -> int:
+    if kernel == "_backward_delta":
+        return int(arguments["grad"].numel())
+    batch, heads, n, _ = arguments["of_queries"][0].shape
+    return int(batch * heads * n * arguments["M"])
+
+
+def _attention_trips(arguments: dict[str, Any], programs: int) -> float:
+    if "for_bias" in arguments:
+        return float(arguments["turns"] / arguments["shares"])
+    if "for_k" in arguments:
+        return math.ceil(arguments["N"] / arguments["QUERIES"])
+    return math.ceil(arguments["M"] / arguments["KEYS"]) if "M" in arguments else 1
+
+
+FAMILIES = {
+    "activation": Family(
+        _activation_subjects,
+        _activation_calls,
+        lambda kernel, arguments: arguments["x_ptr"].numel(),
+        lambda arguments, programs: 1,
+        assembly.main_path,
+    ),
+    "layer_norm": Family(
+        _layer_norm_subjects,
+        _layer_norm_calls,
+        _layer_norm_elements,
+        _layer_norm_trips,
+        assembly.straight_path,
+    ),
+    "attention": Family(
+        _attention_subjects,
+        _attention_calls,
+        _attention_elements,
+        _attention_trips,
+        assembly.straight_path,
+    ),
+}
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+# -- Compiling -----------------------------------------------------------------------------------
+
+
+def launches(case: Case) -> list[Launch]:
+    """What the calls of a case launch on a GPU of its target."""
+    found: list[Launch] = []
+    caught: list[tuple[Any, ...]] = []
+    target = TARGETS[case.target]
+
+    def catch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        caught.append((self, args, options, grid))
+
+    machine = MACHINES.get(case.target)
+    processors = machine.multiprocessors if machine else _AMD_PROCESSORS
+    layer_norm = import_module("gn_kernels.layer_norm.triton_kernels")
+    walkers = layer_norm._WALKERS * processors
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (JITFunction, "run", catch),
+            (torch.version, "hip", "7.0" if target.backend == "hip" else None),
+            (layer_norm, "_walkers", lambda device: walkers),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        calls = FAMILIES[case.family].calls(case.subject, getattr(torch, case.dtype))
+        for order, call in calls:
+            call()
+            found += [Launch(order, *one) for one in caught]
+            caught.clear()
+    return found
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> tuple[Any, dict[str, Any]]:
+    """The kernel, compiled as the launcher does, and the launch's arguments by name."""
+    kernel, backend = launch.kernel, make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    arguments, specialisation, _ = bind(*launch.args, **launch.options)
+    options, signature, constexprs, attributes = kernel._pack_args(
+        backend, dict(launch.options), arguments, specialisation, None
+    )
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=target, options=options.__dict__), arguments
+
+
+def measure(case: Case) -> list[Row]:
+    """Compile the kernels of one case and read their assembly."""
+    target, family = TARGETS[case.target], FAMILIES[case.family]
+    rows = []
+    for launch in launches(case):
+        compiled, arguments = compile_launch(launch, target)
+        if target.backend == "cuda":
+            (code,) = assembly.read_cubin(compiled.asm["cubin"])
+        else:
+            code = assembly.read_amdgcn(compiled.asm["amdgcn"])
+        programs = math.prod(launch.grid)
+        name = launch.kernel.__name__
+        threads = programs * compiled.metadata.num_warps * target.warp_size
+        rows.append(
+            {
+                "compiler": f"triton {triton.__version__}",
+                "family": case.family,
+                "subject": case.subject,
+                "order": launch.order,
+                "kernel": name.strip("_"),
+                "dtype": case.dtype,
+                "target": case.target,
+            }
+            | figures(
+                code._replace(shared_bytes=compiled.metadata.shared),
+                family.path(code.code),
+                trips=family.trips(arguments, programs),
+                threads=threads,
+                elements=family.elements(name, arguments),
+                moved=_bytes(arguments),
+                machine=MACHINES.get(case.target),
+            )
+        )
+    return rows
+
+
+def figures(
+    kernel: assembly.Kernel,
+    way: Sequence[int],
+    trips: float,
+    threads: int,
+    elements: int,
+    moved: int,
+    machine: Machine | None,
+) -> Row:
+    """The figures of a row, of one launch with so many threads, elements and bytes."""
+    pipes = assembly.by_pipe(kernel.code, way, trips)
+    total = sum(pipes.values())
+    per_element = threads / elements
+    ratio = machine.issue_over_memory(total * threads, moved) if machine else ""
+    return {
+        "registers": kernel.registers,
+        "spills": kernel.spills,
+        "shared_bytes": kernel.shared_bytes,
+        "load_bits": _text(assembly.widths(kernel.code, way, "load")),
+        "store_bits": _text(assembly.widths(kernel.code, way, "store")),
+        "instructions": total * per_element,
+        **{pipe: count * per_element for pipe, count in pipes.items()},
+        "issue_over_memory": ratio,
+    }
+
+
+def _text(widths: list[int]) -> str:
+    return "/".join(map(str, sorted(set(widths), reverse=True)))
+
+
+def _bytes(arguments: dict[str, Any]) -> int:
+    tensors = {id(one): one for one in tree_leaves(arguments) if isinstance(one, Tensor)}
+    return sum(one.numel() * one.element_size() for one in tensors.values())
+
+
+def cases(everything: bool = False) -> list[Case]:
+    """Those of the gate, or all."""
+    found = []
+    for (name, family), dtype in itertools.product(FAMILIES.items(), DTYPES):
+        gate, others = family.subjects(dtype)
+        for subject in [*gate, *(others if everything else ())]:
+            found += [Case(name, subject, dtype, target) for target in TARGETS]
+    return found
+
+
+def measurements(chosen: Sequence[Case], jobs: int) -> list[Row]:
+    """The rows of the cases, in their order."""
+    if jobs == 1:
+        return [row for case in chosen for row in measure(case)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        return [row for rows in pool.map(measure, chosen, chunksize=4) for row in rows]
+
+
+# -- The gate ------------------------------------------------------------------------------------
+
+KEY = ("family", "subject", "order", "kernel", "dtype", "target")
+TOLERANCE = 0.05
+
+# The units with a quarter of the rate or less count by themselves as well.
+_COMPARED = ("registers", "spills", "shared_bytes", "instructions", "mufu", "fp64", "memory")
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """What names a kernel, whichever version of a compiler made it."""
+    return (str(row["compiler"]).split()[0], *(str(row[column]) for column in KEY))
+
+
+def worse(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
+    """What got worse by more than the tolerance, each with the kernel and the figure."""
+    before = {key(row): row for row in baseline}
+    cases = {(one[0], one[1], one[2], one[5], one[6]) for one in map(key, rows)}
+    now = {key(row) for row in rows}
+    found = [
+        f"{' '.join(one)}: is in the baseline and was not compiled"
+        for one in before
+        if (one[0], one[1], one[2], one[5], one[6]) in cases and one not in now
+    ]
+    for row in rows:
+        old, name = before.get(key(row)), " ".join(key(row))
+        if old is None:
+            found.append(f"{name}: has no baseline; --write makes one")
+            continue
+        compilers = (
+            f" ({old['compiler']} then, {row['compiler']} now)"
+            if old["compiler"] != row["compiler"]
+            else ""
+        )
+        for figure in _COMPARED:
+            then, here = float(old[figure]), float(row[figure])
+            if here > then * (1 + TOLERANCE) + 1e-3 * TOLERANCE:
+                found.append(f"{name}: {figure} {here:.4g}, was {then:.4g}{compilers}")
+        for figure in ("load_bits", "store_bits"):
+            then, here = _width_range(old[figure]), _width_range(row[figure])
+            if here < then:
+                found.append(f"{name}: {figure} {row[figure]}, was {old[figure]}{compilers}")
+    return found
+
+
+def _width_range(text: Any) -> tuple[int, int]:
+    bits = [int(one) for one in str(text).split("/") if one]
+    return (max(bits), min(bits)) if bits else (0, 0)
+
+
+def read(file: Path = BASELINE) -> list[Row]:
+    """The baseline, as text."""
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def write(rows: Sequence[Row], file: Path) -> None:
+    """One line a kernel."""
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()}
+            )
+
+
+COLUMNS = {
+    "subject": "subject",
+    "order": "order",
+    "kernel": "kernel",
+    "dtype": "dtype",
+    "target": "target",
+    "registers": "registers",
+    "spills": "spills",
+    "shared": "shared_bytes",
+    "load": "load_bits",
+    "store": "store_bits",
+    "instructions": "instructions",
+    **{pipe: pipe for pipe in PIPES},
+    "issue ÷ memory": "issue_over_memory",
+}
+
+
+def assumptions() -> str:
+    """What the last column rests on."""
+    machines = "; ".join(
+        f"{target} on {m.name}: {m.multiprocessors} multiprocessors × 4 warps a clock at "
+        f"{m.clock_hz / 1e9:.3f} GHz, {m.bytes_s / 1e12:.2f} TB/s"
+        for target, m in MACHINES.items()
+    )
+    return (
+        f"Issue ÷ memory is modelled, above 1 is bound by instructions: {machines}. Every tensor "
+        "moves once; tensor cores are not in it."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.generated_code",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--family", choices=FAMILIES, action="append")
     parser.add_argument("--target", choices=TARGETS, action="append")
-    parser.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in DTYPES])
-    parser.add_argument("--kind")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--dtype", choices=DTYPES, action="append")
+    parser.add_argument("--subject", action="append", help="gelu, 768, '32, bias', …")
+    parser.add_argument("--all", action="store_true", help="more row lengths and head sizes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--csv", type=Path, help="write the rows to this file")
+    gate = parser.add_mutually_exclusive_group()
+    gate.add_argument("--check", action="store_true", help="exit with 1 where a kernel got worse")
+    gate.add_argument("--write", action="store_true", help="make the baseline again")
+    options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 runs kernels in Python: nothing is compiled")
-    rows = list(
-        measurements(
-            options.family or list(FAMILIES),
-            options.target or list(TARGETS),
-            lambda case: (
-                options.dtype in (None, str(case.dtype).removeprefix("torch."))
-                and options.kind in (None, case.kind)
-            ),
-        )
-    )
-    print(table(rows))
-    if options.json:
-        report = {"triton": triton.__version__, "rows": [dataclasses.asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    selected = (options.family, options.subject, options.dtype, options.target)
+    if options.write and (any(selected) or options.all):
+        parser.error("--write makes the whole baseline: it takes no selection")
+    chosen = [
+        case
+        for case in cases(options.all)
+        if all(some is None or value in some for some, value in zip(selected, case, strict=True))
+    ]
+    if not chosen:
+        parser.error("nothing is selected")
+    rows = measurements(chosen, options.jobs)
+    for family in FAMILIES:
+        some = [row for row in rows if row["family"] == family]
+        if some:
+            print(f"{family}\n\n{common.markdown(some, COLUMNS)}\n")
+    print(assumptions())
+    if options.csv:
+        write(rows, options.csv)
+    if options.write:
+        write(rows, BASELINE)
+    if options.check:
+        found = worse(rows, read())
+        for one in found:
+            print(f"WORSE {one}", file=sys.stderr)
+        return int(bool(found))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -34,9 +34,10 @@ This page is written by `python -m benchmarks.report` from the CSV files in `res
 | How fast is one operation? | `python -m benchmarks.operations`, or `pytest benchmarks` |
 | What does a training step cost? | `python -m benchmarks.step_cost` |
 | How exact is it? | `python -m benchmarks.accuracy` |
+| What do the GPU kernels compile to? | `python -m benchmarks.generated_code` |
 
-Each takes `--quick`, `--output DIR`, and `--compare DIR` with the folder of an earlier run, which
-makes it exit with 1 where this run is worse than that one beyond the noise of both. Each row of a
+The first three take `--quick`, `--output DIR`, and `--compare DIR` with the folder of an earlier run, which
+makes them exit with 1 where this run is worse than that one beyond the noise of both. Each row of a
 CSV names the processor, the versions, the commit and the command.
 
 Every table says what its figures are:
@@ -57,7 +58,8 @@ def render(results: Path) -> str:
             rows = read(name, results)
             if rows:
                 parts.append(section(rows))
-                parts.append(_made_by(rows))
+                if "command" in rows[0]:
+                    parts.append(_made_by(rows))
     return "\n".join(parts)
 
 
@@ -323,12 +325,53 @@ images.
 """
 
 
+# -- Generated code ------------------------------------------------------------------------------
+
+
+def _generated_code(rows: list[Row]) -> str:
+    targets = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
+    rows = [row for row in rows if row["dtype"] == "bfloat16"]
+    index = ("compiler", "family", "subject", "order", "kernel")
+    table = []
+    for key, group in _grouped(rows, *index).items():
+        line: Row = dict(zip(index, key, strict=True))
+        for row in group:
+            line[f"{row['target']} registers"] = row["registers"]
+            line[f"{row['target']} spills"] = row["spills"]
+            line[f"{row['target']} instructions"] = row["instructions"]
+            if row["target"] in targets:
+                line[targets[row["target"]]] = row["issue_over_memory"]
+        table.append(line)
+    columns = {"family": "family", "subject": "subject", "order": "order", "kernel": "kernel"}
+    for target in dict.fromkeys(row["target"] for row in rows):
+        columns[f"registers, {target}"] = f"{target} registers"
+        columns[f"spills, {target}"] = f"{target} spills"
+        columns[f"instructions, {target}"] = f"{target} instructions"
+    columns |= {f"issue ÷ memory, {name}": name for name in targets.values()}
+    compilers = ", ".join(dict.fromkeys(str(row["compiler"]) for row in rows))
+    return f"""\
+## Generated code (counted)
+
+Kernels for bfloat16 of {compilers}, at the sizes of a ViT-B or a stage of Swin-B, batch 64; no GPU
+is needed. Instructions per element are those of the way that whole blocks take, a loop as often as
+it is passed; an element of attention is one score. Issue ÷ memory (modelled) is the time to issue
+them, four warps a clock and multiprocessor, over the time to move every tensor once at the memory's
+rate: above 1 a kernel is bound by instructions, tensor cores apart.
+`python -m benchmarks.generated_code` prints widths, shared memory, the instructions of each pipe
+and the other types; with `--check` it exits with 1 where a kernel got worse by more than 5 % than
+in [generated_code.csv](results/generated_code.csv).
+
+{markdown(table, columns)}
+"""
+
+
 _SECTIONS: Mapping[str, Callable[[list[Row]], str]] = {
     "operations": _operations,
     "step_seconds": _seconds,
     "step_count": _count,
     "accuracy": _accuracy,
     "accuracy_penalty": _accuracy_penalty,
+    "generated_code": _generated_code,
 }
 
 

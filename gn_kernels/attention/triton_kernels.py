@@ -477,11 +477,11 @@ def tiling(
 
     Products of float32 without tensor cores keep whole rows of both factors in registers.
     """
-    double, over_bias = kernel.startswith("_double"), kernel.endswith("_bias")
+    double = kernel.startswith("_double")
     if dtype == torch.float32:
         block = 16 if double and precision == "ieee" else 32
         return Tiling(block, block, warps=8 if size > 64 or precision == "ieee" else 4, stages=1)
-    owned, other = 64, 32 if double or over_bias else 64
+    owned, other = 64, 32 if double or biased else 64
     if double and size > (32 if biased else 64):
         other = 16
     queries, keys = (other, owned) if kernel.endswith("_keys") else (owned, other)
