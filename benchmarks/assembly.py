@@ -102,27 +102,15 @@ def main_path(code: Sequence[Instruction]) -> list[int]:
     raise ValueError("the kernel has no exit after its widest access")
 
 
-def straight_path(code: Sequence[Instruction]) -> list[int]:
-    """The way on which no condition jumps, where masks are predicates and skip nothing of note.
+def listing(code: Sequence[Instruction]) -> list[int]:
+    """All up to the last exit, where masks are predicates and no branch skips anything of note.
 
-    A loop is passed once: where its end jumps back in any case, the way goes on behind it.
+    What compilers put behind it is rare: waits that are not over yet, slow cases of a division.
     """
-    place = _places(code)
-    way: list[int] = []
-    at = 0
-    while True:
-        way.append(at)
-        instruction = code[at]
-        if instruction.falls_through:
-            at += 1
-        elif instruction.ends or instruction.target is None:
-            return way
-        elif place[instruction.target] > at:
-            at = place[instruction.target]
-        else:
-            at += 1
-        if at >= len(code):
-            raise ValueError("the kernel has no exit")
+    ends = [at for at, one in enumerate(code) if one.ends and not one.falls_through]
+    if not ends:
+        raise ValueError("the kernel has no exit")
+    return list(range(ends[-1] + 1))
 
 
 def main_loop(code: Sequence[Instruction], way: Sequence[int]) -> range:

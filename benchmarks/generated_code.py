@@ -249,14 +249,14 @@ FAMILIES = {
         _layer_norm_calls,
         _layer_norm_elements,
         _layer_norm_trips,
-        assembly.straight_path,
+        assembly.listing,
     ),
     "attention": Family(
         _attention_subjects,
         _attention_calls,
         _attention_elements,
         _attention_trips,
-        assembly.straight_path,
+        assembly.listing,
     ),
 }
 

@@ -36,9 +36,9 @@ This page is written by `python -m benchmarks.report` from the CSV files in `res
 | How exact is it? | `python -m benchmarks.accuracy` |
 | What do the GPU kernels compile to? | `python -m benchmarks.generated_code` |
 
-The first three take `--quick`, `--output DIR`, and `--compare DIR` with the folder of an earlier run, which
-makes them exit with 1 where this run is worse than that one beyond the noise of both. Each row of a
-CSV names the processor, the versions, the commit and the command.
+The first three take `--quick`, `--output DIR`, and `--compare DIR` with the folder of an earlier
+run, which makes them exit with 1 where this run is worse than that one beyond the noise of both.
+Each row of their CSV names the processor, the versions, the commit and the command.
 
 Every table says what its figures are:
 

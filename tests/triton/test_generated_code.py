@@ -186,13 +186,13 @@ def test_a_loop_counts_as_often_as_it_is_passed():
         Instruction((), pipe="control"),
         Instruction(("loop",), pipe="memory"),
         Instruction((), target="out"),
-        Instruction((), pipe="fma"),
+        Instruction(("on",), pipe="fma"),
         Instruction((), target="loop", falls_through=False, pipe="control"),
         Instruction(("out",), target="spin"),
-        Instruction(("on",), falls_through=False, ends=True, pipe="control"),
+        Instruction((), falls_through=False, ends=True, pipe="control"),
         Instruction(("spin",), target="on", falls_through=False),  # waits behind the exit
     ]
-    way = assembly.straight_path(code)
+    way = assembly.listing(code)
     assert way == list(range(7))
     assert assembly.main_loop(code, way) == range(1, 5)
     counts = assembly.by_pipe(code, way, trips=3)
