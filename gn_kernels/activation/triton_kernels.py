@@ -164,7 +164,9 @@ def _silu_gate(x, SCALE: tl.constexpr):
 
 @triton.jit
 def _quick_gelu_gate(x, SCALE: tl.constexpr):
-    return x * (SCALE * 1.702), 1.702, 2.0 * 1.702
+    # A function hands plain numbers on in float32: not near enough for float64.
+    slope = tl.full((), 1.702, x.dtype)
+    return x * (SCALE * 1.702), slope, slope * 2.0
 
 
 @triton.jit
