@@ -148,7 +148,8 @@ GN_INLINE T exp(T y) {
 template <class P, class T = typename P::real>
 GN_INLINE T exp_negative(T y) {
   constexpr T low = -Format<T>::log_zero;
-  return exp<P>(y < low ? low : y);
+  if constexpr (!P::is_fast) y = y < low ? low : y;
+  return exp<P>(exp_unit<P> * y);
 }
 
 // An activation at x from its left half. For every kind f(x) - f(-x) = x, so that

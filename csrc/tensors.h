@@ -52,12 +52,21 @@ inline void check_like(const Tensor& x, const Tensor& other) {
   STD_TORCH_CHECK(same, "gn_kernels: all tensors must have x's dtype, shape and strides");
 }
 
-// The shim's own function: torch::stable::empty_like finds its operator by name at every call,
-// which takes longer than a small tensor's arithmetic.
-inline Tensor new_tensor(const Tensor& x, std::int64_t dim, const std::int64_t* sizes,
-                         const std::int64_t* strides) {
-  std::int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+// torch's number for a dtype.
+inline std::int32_t code_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::Float16: return aoti_torch_dtype_float16();
+    case Dtype::BFloat16: return aoti_torch_dtype_bfloat16();
+    case Dtype::Float32: return aoti_torch_dtype_float32();
+    default: return aoti_torch_dtype_float64();
+  }
+}
+
+// On x's device. The shim's own function: torch::stable::empty_like finds its operator by name at
+// every call, which takes longer than a small tensor's arithmetic.
+inline Tensor new_tensor(const Tensor& x, std::int32_t dtype, std::int64_t dim,
+                         const std::int64_t* sizes, const std::int64_t* strides) {
+  std::int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
   AtenTensorHandle out;
@@ -67,12 +76,12 @@ inline Tensor new_tensor(const Tensor& x, std::int64_t dim, const std::int64_t* 
 }
 
 inline Tensor new_like(const Tensor& x) {
-  return new_tensor(x, x.dim(), x.sizes().data(), x.strides().data());
+  return new_tensor(x, code_of(dtype_of(x)), x.dim(), x.sizes().data(), x.strides().data());
 }
 
 inline Tensor new_of_size_0(const Tensor& x) {
   const std::int64_t size = 0, stride = 1;
-  return new_tensor(x, 1, &size, &stride);
+  return new_tensor(x, code_of(dtype_of(x)), 1, &size, &stride);
 }
 
 }  // namespace gn_kernels

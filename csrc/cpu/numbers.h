@@ -1,5 +1,6 @@
-// The 16-bit types in memory and their conversions, rounded to nearest even. For sources that are
-// compiled once for every instruction set: everything is local to the file that includes it.
+// The 16-bit types in memory and their conversions, rounded to nearest even, for host and device.
+// For sources that are compiled once for every instruction set: everything is local to the file
+// that includes it.
 #pragma once
 
 #include <cstdint>
@@ -25,13 +26,29 @@ struct float16 {
 
 GN_INLINE float widen(bfloat16 h) { return bit_cast<float>(std::uint32_t(h.bits) << 16); }
 
+#if defined(__CUDA_ARCH__)
+GN_INLINE void narrow(float x, bfloat16& h) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
+}
+#else
 GN_INLINE void narrow(float x, bfloat16& h) {
   const auto bits = bit_cast<std::uint32_t>(x);
   const std::uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   h.bits = std::uint16_t(x != x ? 0x7fc0 : rounded);
 }
+#endif
 
-#if defined(__F16C__)
+#if defined(__CUDA_ARCH__)
+GN_INLINE float widen(float16 h) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h.bits));
+  return x;
+}
+
+GN_INLINE void narrow(float x, float16& h) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
+}
+#elif defined(__F16C__)
 GN_INLINE float widen(float16 h) { return _cvtsh_ss(h.bits); }
 
 GN_INLINE void narrow(float x, float16& h) { h.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }

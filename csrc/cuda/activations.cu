@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Op, class T, int I, int O>
-Error launch(const void* const (&in)[I], void* const (&out)[O], std::int64_t n, Stream stream) {
+Error run(const void* const (&in)[I], void* const (&out)[O], std::int64_t n, Stream stream) {
   Tensors<Op, T> tensors;
   bool aligned = true;
   for (int k = 0; k < I; ++k) {
@@ -92,9 +92,7 @@ Error launch(const void* const (&in)[I], void* const (&out)[O], std::int64_t n, 
   }
   if (n == 0) return nullptr;
   const Blocks blocks = blocks_of(n, kBlock<T>, aligned);
-  activation<Op, T><<<grid_of(blocks.count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      tensors, n, blocks);
-  return launch_error();
+  return launch(activation<Op, T>, grid_of(blocks.count), kThreads, stream, tensors, n, blocks);
 }
 
 // Calls f(activation, element), objects that carry a type each, for a kind and a dtype.
@@ -120,7 +118,7 @@ Error activation_forward(Kind kind, Dtype dtype, const void* x, void* y, std::in
                          Stream stream) {
   return with_types(kind, dtype, [&](auto activation, auto element) {
     using T = decltype(element);
-    return launch<Op<Forward, decltype(activation), T>, T>({x}, {y}, n, stream);
+    return run<Op<Forward, decltype(activation), T>, T>({x}, {y}, n, stream);
   });
 }
 
@@ -128,7 +126,7 @@ Error activation_backward(Kind kind, Dtype dtype, const void* grad, const void* 
                           std::int64_t n, Stream stream) {
   return with_types(kind, dtype, [&](auto activation, auto element) {
     using T = decltype(element);
-    return launch<Op<Backward, decltype(activation), T>, T>({grad, x}, {grad_x}, n, stream);
+    return run<Op<Backward, decltype(activation), T>, T>({grad, x}, {grad_x}, n, stream);
   });
 }
 
@@ -139,9 +137,9 @@ Error activation_double_backward(Kind kind, Dtype dtype, const void* v, const vo
     using A = decltype(activation);
     using T = decltype(element);
     if (grad_grad == nullptr) {
-      return launch<Op<Curvature, A, T>, T>({v, grad, x}, {grad_x}, n, stream);
+      return run<Op<Curvature, A, T>, T>({v, grad, x}, {grad_x}, n, stream);
     }
-    return launch<Op<DoubleBackward, A, T>, T>({v, grad, x}, {grad_grad, grad_x}, n, stream);
+    return run<Op<DoubleBackward, A, T>, T>({v, grad, x}, {grad_grad, grad_x}, n, stream);
   });
 }
 

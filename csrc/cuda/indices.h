@@ -46,4 +46,47 @@ GN_INLINE int start_of_vector(int thread, int vector, int threads, int lanes) {
   return (vector * threads + thread) * lanes;
 }
 
+// --- Rows of n elements, for the kernels that sum over them
+// ---------------------------------------
+
+// Of each tensor a thread holds as many elements of a row at a time. A row that is longer than all
+// its threads hold takes several turns, called chunks.
+constexpr int kMaxRowThreads = 512;  // at most: which leaves each 128 registers
+constexpr int kWarp = 32;
+
+struct RowTiling {
+  int n;         // elements of a row; below 2^30
+  int threads;   // that share a row: whole warps
+  int together;  // rows that a block of threads handles at a time: more than one if a warp suffices
+  int chunks;
+  bool vectors;  // whether rows are read in vectors of `lanes` elements
+};
+
+GN_INLINE RowTiling tiling_of(std::int64_t n, int elements, int lanes, bool is_aligned,
+                              int most_threads = kMaxRowThreads) {
+  const std::int64_t warps = (n + elements * kWarp - 1) / (elements * kWarp);
+  const int threads = warps * kWarp < most_threads ? int(warps) * kWarp : most_threads;
+  const std::int64_t held = std::int64_t(threads) * elements;
+  return {int(n), threads, threads == kWarp ? 4 : 1, int((n + held - 1) / held),
+          is_aligned && n % lanes == 0};
+}
+
+// The column at which a thread's vector begins; it has `lanes` columns, or none if that is not
+// below n.
+GN_INLINE int column_of_vector(const RowTiling& t, int chunk, int thread, int vector, int elements,
+                               int lanes) {
+  return chunk * t.threads * elements + start_of_vector(thread, vector, t.threads, lanes);
+}
+
+// The column of a thread's element where rows are read element by element: neighbouring threads
+// read neighbouring elements. None if that is not below n.
+GN_INLINE int column_of_element(const RowTiling& t, int chunk, int thread, int element,
+                                int elements) {
+  return chunk * t.threads * elements + start_of_vector(thread, element, t.threads, 1);
+}
+
+GN_INLINE std::int64_t row_groups(const RowTiling& t, std::int64_t rows) {
+  return rows / t.together + (rows % t.together != 0);
+}
+
 }  // namespace gn_kernels::cuda

@@ -2,19 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
+#include "../cpu/numbers.h"
 #include "indices.h"
 #include "kernels.h"
 
 namespace gn_kernels::cuda {
-
-struct bfloat16 {
-  std::uint16_t bits;
-};
-
-struct float16 {
-  std::uint16_t bits;
-};
 
 template <class T>
 struct Element {  // of float and double
@@ -45,54 +39,65 @@ using Precision = typename Element<T>::precision;
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(bfloat16 x) {
-  return __uint_as_float(std::uint32_t(x.bits) << 16);
-}
-__device__ __forceinline__ float widen(float16 x) {
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
-  return wide;
+GN_INLINE float widen(float x) { return x; }
+GN_INLINE double widen(double x) { return x; }
+GN_INLINE void narrow(float x, float& out) { out = x; }
+GN_INLINE void narrow(double x, double& out) { out = x; }
+
+// Two numbers in a word.
+GN_INLINE std::uint32_t pair(float low, float high, const bfloat16*) {
+#if defined(__CUDA_ARCH__)
+  std::uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  bfloat16 halves[2];
+  narrow(low, halves[0]);
+  narrow(high, halves[1]);
+  return halves[0].bits | std::uint32_t(halves[1].bits) << 16;
+#endif
 }
 
-__device__ __forceinline__ void narrow(float x, float& out) { out = x; }
-__device__ __forceinline__ void narrow(double x, double& out) { out = x; }
-__device__ __forceinline__ void narrow(float x, bfloat16& out) {
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
-}
-__device__ __forceinline__ void narrow(float x, float16& out) {
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+GN_INLINE std::uint32_t pair(float low, float high, const float16*) {
+#if defined(__CUDA_ARCH__)
+  std::uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  float16 halves[2];
+  narrow(low, halves[0]);
+  narrow(high, halves[1]);
+  return halves[0].bits | std::uint32_t(halves[1].bits) << 16;
+#endif
 }
 
 // The elements in one 32-bit word of memory; of a double, in two.
-__device__ __forceinline__ void unpack(const std::uint32_t* word, const float*, float* wide) {
-  *wide = __uint_as_float(*word);
+GN_INLINE void unpack(const std::uint32_t* word, const float*, float* wide) {
+  *wide = bit_cast<float>(*word);
 }
-__device__ __forceinline__ void unpack(const std::uint32_t* word, const double*, double* wide) {
-  *wide = __hiloint2double(int(word[1]), int(word[0]));
+GN_INLINE void unpack(const std::uint32_t* word, const double*, double* wide) {
+  *wide = bit_cast<double>(word[0] | std::uint64_t(word[1]) << 32);
 }
-__device__ __forceinline__ void unpack(const std::uint32_t* word, const bfloat16*, float* wide) {
-  wide[0] = __uint_as_float(*word << 16);
-  wide[1] = __uint_as_float(*word & 0xffff0000);
+GN_INLINE void unpack(const std::uint32_t* word, const bfloat16*, float* wide) {
+  wide[0] = bit_cast<float>(*word << 16);
+  wide[1] = bit_cast<float>(*word & 0xffff0000);
 }
-__device__ __forceinline__ void unpack(const std::uint32_t* word, const float16*, float* wide) {
+GN_INLINE void unpack(const std::uint32_t* word, const float16*, float* wide) {
   wide[0] = widen(float16{std::uint16_t(*word)});
   wide[1] = widen(float16{std::uint16_t(*word >> 16)});
 }
 
-__device__ __forceinline__ void pack(const float* wide, const float*, std::uint32_t* word) {
-  *word = __float_as_uint(*wide);
+GN_INLINE void pack(const float* wide, const float*, std::uint32_t* word) {
+  *word = bit_cast<std::uint32_t>(*wide);
 }
-__device__ __forceinline__ void pack(const double* wide, const double*, std::uint32_t* word) {
-  word[0] = std::uint32_t(__double2loint(*wide));
-  word[1] = std::uint32_t(__double2hiint(*wide));
+GN_INLINE void pack(const double* wide, const double*, std::uint32_t* word) {
+  const auto bits = bit_cast<std::uint64_t>(*wide);
+  word[0] = std::uint32_t(bits);
+  word[1] = std::uint32_t(bits >> 32);
 }
-__device__ __forceinline__ void pack(const float* wide, const bfloat16*, std::uint32_t* word) {
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(*word) : "f"(wide[1]), "f"(wide[0]));
-}
-__device__ __forceinline__ void pack(const float* wide, const float16*, std::uint32_t* word) {
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(*word) : "f"(wide[1]), "f"(wide[0]));
+template <class H>
+GN_INLINE void pack(const float* wide, const H* type, std::uint32_t* word) {
+  *word = pair(wide[0], wide[1], type);
 }
 
 // One vector at an aligned address.
@@ -130,8 +135,18 @@ Error with_dtype(Dtype dtype, F f) {
   return "no such dtype";
 }
 
-inline Error launch_error() {
-  const cudaError_t error = cudaGetLastError();
+// Puts a kernel into the stream.
+template <class... Parameters, class... Arguments>
+Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
+             const Arguments&... arguments) {
+  std::tuple<Parameters...> values(arguments...);
+  const cudaError_t error = std::apply(
+      [&](Parameters&... value) {
+        void* pointers[] = {static_cast<void*>(&value)...};
+        return cudaLaunchKernel(kernel, grid, block, pointers, 0,
+                                static_cast<cudaStream_t>(stream));
+      },
+      values);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
