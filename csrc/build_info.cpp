@@ -42,5 +42,7 @@ PYBIND11_MODULE(_build_info, m) {
   lines["built by"] = GN_KERNELS_COMPILER;
   lines["with"] = GN_KERNELS_FLAGS;
   lines["for torch headers"] = TORCH_VERSION;
+  lines["CUDA"] = GN_KERNELS_CUDA;
+  lines["CUDA architectures"] = GN_KERNELS_CUDA_ARCHITECTURES;
   m.def("describe", [lines] { return lines; }, "The same as a dict of strings.");
 }

@@ -11,8 +11,8 @@ import gn_kernels
 from gn_kernels import backend
 from gn_kernels.backend import Installed, choose
 
-EVERYTHING = Installed(triton=None, native=None, triton_interpreter=False)
-NOTHING = Installed("no Triton", "no compiler", False)
+EVERYTHING = Installed(triton=None, native=None, triton_interpreter=False, native_cuda=None)
+NOTHING = Installed("no Triton", "no compiler", False, "no nvcc")
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,10 @@ NOTHING = Installed("no Triton", "no compiler", False)
         ("cuda", NOTHING, None, "reference"),
         ("cpu", NOTHING, None, "reference"),
         ("cuda", EVERYTHING, "reference", "reference"),
-        ("cuda", EVERYTHING, "native", None),
+        ("cuda", EVERYTHING, "native", "native"),
+        ("cuda", EVERYTHING._replace(triton="no Triton"), None, "native"),
+        ("cuda", EVERYTHING._replace(native_cuda="no nvcc"), "native", None),
+        ("mps", EVERYTHING, "native", None),
         ("cpu", EVERYTHING, "triton", None),
         ("cpu", EVERYTHING._replace(triton_interpreter=True), "triton", "triton"),
         ("cpu", EVERYTHING._replace(triton_interpreter=True), None, "native"),
@@ -39,9 +42,54 @@ def test_choice(device, installed, requested, expected):
 
 def test_refusals_are_reported():
     choice = choose("cuda", torch.float32, NOTHING)
-    assert choice == ("reference", (("triton", "no Triton"),))
+    assert choice == ("reference", (("triton", "no Triton"), ("native", "no nvcc")))
     own = choose("cpu", torch.float32, EVERYTHING, unsupported=(("native", "rows too long"),))
     assert own == ("reference", (("native", "rows too long"),))
+
+
+def test_small_gpu_tensors_prefer_native_where_it_is():
+    def choice(installed, **options):
+        return choose("cuda", torch.float32, installed, small=True, **options)
+
+    assert choice(EVERYTHING) == ("native", ())
+    assert choice(EVERYTHING._replace(native_cuda="no nvcc")) == ("triton", ())
+    assert choice(EVERYTHING, unsupported=(("native", "rows too long"),)) == ("triton", ())
+    assert choice(EVERYTHING, requested="triton") == ("triton", ())
+    assert not backend.is_small(torch.empty(1))
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "expected"),
+    [
+        ((8, 0), "sm_80 sm_90 sm_100+PTX", True),
+        ((8, 9), "sm_80 sm_90 sm_100+PTX", True),
+        ((7, 5), "sm_80 sm_90 sm_100+PTX", False),
+        ((12, 0), "sm_80 sm_90 sm_100+PTX", True),
+        ((12, 0), "sm_80 sm_90 sm_100", False),
+        ((8, 0), "sm_86+PTX", False),
+        ((9, 0), "sm_90a", True),
+        ((10, 0), "sm_90a+PTX", False),
+    ],
+)
+def test_which_gpus_run_what_was_built(capability, built, expected):
+    assert backend.runs_on(capability, built) is expected
+
+
+def test_a_gpu_too_old_for_the_cuda_kernels(monkeypatch):
+    backend.select.cache_clear()
+    backend._refusal_of_gpus.cache_clear()
+    monkeypatch.setattr(backend, "installed", lambda: EVERYTHING)
+    monkeypatch.setattr(backend, "_build_details", lambda: {"CUDA architectures": "sm_80+PTX"})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "T4")
+    try:
+        assert backend.select("cuda", torch.float32, None, small=True) == "triton"
+        with pytest.raises(RuntimeError, match=r"T4 is sm_75: set TORCH_CUDA_ARCH_LIST=7\.5"):
+            backend.select("cuda", torch.float32, "native")
+    finally:
+        backend.select.cache_clear()
+        backend._refusal_of_gpus.cache_clear()
 
 
 def test_unknown_dtypes_are_refused():

@@ -59,7 +59,7 @@ void forward(const Tensor& products, const MaybeTensor& bias, double scale,
 }
 
 void backward(const Tensor& products, const MaybeTensor& bias, double scale, const Tensor& log_sums,
-              const Tensor& dp, const MaybeTensor& probabilities, const MaybeTensor& ds) {
+              const MaybeTensor& dp, const MaybeTensor& probabilities, const MaybeTensor& ds) {
   const Scores scores(products, bias, scale, log_sums);
   check(softmax_backward(scores.shape, products.data_ptr(), scores.bias(bias), log_sums.data_ptr(),
                          scores.memory(dp), scores.memory(probabilities), scores.memory(ds),

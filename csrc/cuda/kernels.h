@@ -66,7 +66,7 @@ struct SoftmaxBias {
 // Of S = scale products + bias: P, and the logarithm of each row's sum of exp(S), a wide number.
 Error softmax_forward(const Softmax&, const void* products, const SoftmaxBias& bias,
                       void* probabilities, void* log_sums, Stream);
-// P and dS, from dP; those that are null are not computed.
+// P and dS, from dP, null for 0; those that are null are not computed.
 Error softmax_backward(const Softmax&, const void* products, const SoftmaxBias& bias,
                        const void* log_sums, const void* dp, void* probabilities, void* ds, Stream);
 // P, G, dS and aS, from dP, T = scale t_products + t_bias and U; any of the last three may be null,

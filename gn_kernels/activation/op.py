@@ -39,7 +39,7 @@ _SCHEMAS = {
 _library = torch.library.Library("gn_kernels", "FRAGMENT")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
-    _library.define(f"{_name}.native{_schema}")  # csrc/ registers its CPU kernels under these
+    _library.define(f"{_name}.native{_schema}")  # csrc/ registers its kernels under these
 
 _ops = torch.ops.gn_kernels
 
@@ -96,7 +96,7 @@ def _with_strides_of(x: Tensor, other: Tensor) -> Tensor:
 
 def _kernels(x: Tensor) -> ModuleType | None:
     # The module of the backend that serves x, or None for the formula.
-    name = backend.select(x.device.type, x.dtype, backend.requested())
+    name = backend.select(x.device.type, x.dtype, backend.requested(), small=backend.is_small(x))
     return None if name == "reference" else _backend_module(name)
 
 

@@ -50,8 +50,8 @@ def _spread(bias: Tensor, batch: int) -> Tensor:
     return repeated.reshape(batch, *bias.shape[1:])
 
 
-def _collect(scores: Tensor, bias: Tensor) -> Tensor:
-    # The transpose of _spread and of broadcasting: a sum to the shape of bias.
+def collect(scores: Tensor, bias: Tensor) -> Tensor:
+    """The transpose of broadcasting bias to the scores: their sum to its shape"""
     period = bias.shape[0]
     if period != scores.shape[0]:
         scores = scores.reshape(-1, period, *scores.shape[1:]).sum(0)
@@ -119,7 +119,7 @@ def backward(
         ds = p * (dp - _rowsum(p * dp))
         for_q = ds @ k * scale if wanted[0] else None
         for_k = ds.mT @ q * scale if wanted[1] else None
-        for_bias = _collect(ds, bias) if bias is not None and wanted[3] else None
+        for_bias = collect(ds, bias) if bias is not None and wanted[3] else None
     for_v = p.mT @ grad if wanted[2] else None
     return _rounded(dtype, for_q, for_k, for_v, for_bias)
 
@@ -166,7 +166,7 @@ def double_backward(
             if wanted[2]:
                 for_k = scale * (as_.mT @ q if aq is None else as_.mT @ q + ds.mT @ aq)
             if wanted[4] and bias is not None:
-                for_bias = _collect(as_, bias)
+                for_bias = collect(as_, bias)
     if wanted[3] and g is not None:
         for_v = g.mT @ grad
     return _rounded(dtype, for_grad, for_q, for_k, for_v, for_bias)

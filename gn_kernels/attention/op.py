@@ -7,7 +7,7 @@
                                           output_mask, packed)           for grad, q, k, v, bias
 
 q is (batch, heads, N, d), k and v are (batch, heads, M, d), bias is as in ``formula``. Nothing of
-size N×M is stored by the triton and native backends. O and the gradients of q, k and v lie in
+size N×M is stored by triton, nor by native on a CPU. O and the gradients of q, k and v lie in
 memory as (batch, length, heads, d), so that joining the heads again takes no copy. An output that
 ``output_mask`` does not ask for comes back with size [0].
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gn_kernels import backend
-from gn_kernels.attention import formula
+from gn_kernels.attention import formula, native_cuda
 from gn_kernels.autograd import (
     Gradients,
     Orders,
@@ -195,7 +195,9 @@ def _kernels(q: Tensor) -> Any:
     name = backend.select(q.device.type, q.dtype, backend.requested(), tuple(unsupported))
     if name == "reference" or q.numel() == 0:
         return None
-    return _Native if name == "native" else _triton()
+    if name == "native":
+        return _Native if q.device.type == "cpu" else native_cuda
+    return _triton()
 
 
 def _triton() -> Any:

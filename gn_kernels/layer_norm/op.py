@@ -55,7 +55,7 @@ _SCHEMAS = {
 _library = torch.library.Library("gn_kernels", "FRAGMENT")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
-    # csrc/ registers its CPU kernels under these. All tensors are contiguous, and a row is as
+    # csrc/ registers its kernels under these. All tensors are contiguous, and a row is as
     # long as x is divided by the number of statistics.
     _library.define(
         f"{_name}.native{_schema.replace('SymInt[] normalized_shape', 'int row_length')}"
@@ -161,7 +161,8 @@ def _kernels(x: Tensor, row_length: int) -> Any:
     unsupported: tuple[tuple[str, str], ...] = ()
     if row_length > MAX_TRITON_ROW:
         unsupported = (("triton", f"its layer_norm takes rows up to {MAX_TRITON_ROW} numbers"),)
-    name = backend.select(x.device.type, x.dtype, backend.requested(), unsupported)
+    small = backend.is_small(x)
+    name = backend.select(x.device.type, x.dtype, backend.requested(), unsupported, small)
     if name == "reference" or x.numel() == 0:
         return None
     if name == "native":

@@ -99,7 +99,7 @@ def test_oracle_against_mpmath(kind):
     with mp.workdps(60):
         for order, values in enumerate(exact(kind, points)):
             truth = [float(mp.diff(f, mp.mpf(p), order)) for p in points.tolist()]
-#Roundings of the argument of exp, at most 90, and of terms that cancel near zeros.
+            # Roundings of the argument of exp, at most 90, and of terms that cancel near zeros.
             np.testing.assert_allclose(values, truth, rtol=1e-13, atol=1e-15 * abs(order))
 
 
@@ -114,8 +114,9 @@ def test_16_bits_every_number(kind, dtype):
         mine = mine - (4e-7 if order else 0)  # f′ and f″ have zeros
         assert (mine / ulp(truths[order], dtype)).max() <= 0.51
 
-#The largest error allowed to fp32, in units of 2⁻²⁴, the rounding of numbers next to 1. For f the
-#number is scaled by | x | beyond 1.
+
+# The largest error allowed to fp32, in units of 2⁻²⁴, the rounding of numbers next to 1. For f the
+# number is scaled by | x | beyond 1.
 FP32 = {"f": 2.0, "d1": 2.5, "d2": 4.5}
 
 
@@ -132,7 +133,7 @@ def test_fp32_bucket_by_bucket_beside_eager(kind):
         unit = 2.0**-24
         scale = np.maximum(np.abs(edges), 1) if order == "f" else 1
         assert (mine <= FP32[order] * unit * scale).all()
-#Next to 0 eager's roundings happen to cancel: there ours may be one unit worse.
+        # Next to 0 eager's roundings happen to cancel: there ours may be one unit worse.
         assert (mine <= theirs + unit).all()
 
 
@@ -141,7 +142,7 @@ def test_fp64(kind):
     x = torch.linspace(-20, 20, 100_001, dtype=torch.float64)
     truths = exact(kind, x)
     assert all((e <= 5e-15).all() for e in error(ours(kind, x), truths))
-#f falls to 1e-89(gelu)with an exponential's argument of 200, itself rounded.
+    # f falls to 1e-89(gelu)with an exponential's argument of 200, itself rounded.
     tail = (x.numpy() < -1) & (truths[0] != 0)
     f = ours(kind, x)[0].numpy()
     assert (np.abs(f / truths[0] - 1)[tail]).max() <= (3e-13 if kind == "gelu_tanh" else 1e-13)
