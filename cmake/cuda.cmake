@@ -93,5 +93,16 @@ endif()
 list(REMOVE_DUPLICATES CMAKE_CUDA_ARCHITECTURES)
 string(STRIP "${CUDA_ARCHITECTURES_TEXT}" CUDA_ARCHITECTURES_TEXT)
 
+# Such as an nvcc that does not take the host's compiler: it says so itself.
+set(trial "${CMAKE_BINARY_DIR}/trial")
+file(WRITE "${trial}.cu" "__global__ void kernel() {}\n")
+execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" -c "${trial}.cu" -o "${trial}.o"
+                OUTPUT_VARIABLE output ERROR_VARIABLE output RESULT_VARIABLE failed)
+if(failed)
+  string(REGEX MATCH "[^\n]*(error|fatal|broken|not supported)[^\n]*" output "${output}")
+  message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} can't compile: ${output}; set CUDACXX to an nvcc that "
+                      "works, or NVCC_CCBIN to a host compiler that it takes")
+endif()
+
 set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)

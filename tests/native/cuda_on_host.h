@@ -168,5 +168,6 @@ cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 shape, void**
       cuda_on_host::run_block<P...>(shape);
     }
   }
+  Here::arguments = nullptr;
   return cudaSuccess;
 }
