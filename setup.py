@@ -8,7 +8,8 @@ GN_KERNELS_BUILD=auto  build what is possible here; install without the rest (th
 `auto` builds the CUDA kernels where torch is a CUDA build and nvcc is there, GPU or not.
 gn_kernels/_build_report.txt says what happened and why, on a line for each of the two. torch must
 be installed already; it is found by its folder, never imported, so that an isolated build (plain
-`pip install .`) finds the torch of the environment it installs into.
+`pip install .`) finds the torch of the environment it installs into. `python -m build` builds in an
+environment that knows of no other: give it --no-isolation, or torch's folder in GN_KERNELS_TORCH.
 """
 
 import importlib.util
@@ -113,6 +114,8 @@ def find_torch() -> Torch:
     spec = importlib.util.find_spec("torch")
     folders = [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
     folders += [Path(spec.origin).parent] if spec and spec.origin else []
+    if named := os.environ.get("GN_KERNELS_TORCH"):
+        folders = [Path(named)]
     for folder in folders:
         if (folder / "version.py").exists():
             text = (folder / "version.py").read_text(encoding="utf-8")
@@ -122,7 +125,11 @@ def find_torch() -> Torch:
                 oldest = ".".join(map(str, OLDEST_TORCH))
                 raise BuildError(f"torch {version} is older than {oldest}; install a newer one")
             return Torch(folder, version, cuda[1] if cuda else "")
-    raise BuildError("torch is not installed; install it first, then install gn_kernels again")
+    raise BuildError(
+        "torch is not installed; install it first, then install gn_kernels again (a build in an "
+        "environment of its own, as `python -m build` makes, needs --no-isolation, or the folder of "
+        "torch in GN_KERNELS_TORCH)"
+    )
 
 
 def find_tool(name: str) -> str:
