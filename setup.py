@@ -127,8 +127,8 @@ def find_torch() -> Torch:
             return Torch(folder, version, cuda[1] if cuda else "")
     raise BuildError(
         "torch is not installed; install it first, then install gn_kernels again (a build in an "
-        "environment of its own, as `python -m build` makes, needs --no-isolation, or the folder of "
-        "torch in GN_KERNELS_TORCH)"
+        "environment of its own, as `python -m build` makes, needs --no-isolation, or torch's "
+        "folder in GN_KERNELS_TORCH)"
     )
 
 
