@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -134,13 +134,23 @@ def load_trained(path: Path, weights: str | None, **changes: Any) -> Trained:
     return Trained(path, state, settings, dataset, model.eval(), weights)
 
 
-def add_measuring_options(parser: argparse.ArgumentParser) -> None:
+def add_measuring_options(
+    parser: argparse.ArgumentParser, images: int | None, batch_size: int
+) -> None:
     """Options of the commands that measure a checkpoint's model."""
     parser.add_argument(
-        "--images", type=positive, metavar="N", help="measure N of the test images only"
+        "--images",
+        type=positive,
+        metavar="N",
+        default=images,
+        help=f"measure N of the test images only ({images or 'all'})",
     )
     parser.add_argument(
-        "--batch-size", type=positive, metavar="N", default=500, help="images at a time (500)"
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        default=batch_size,
+        help=f"images at a time ({batch_size})",
     )
     parser.add_argument(
         "--weights",
@@ -234,13 +244,25 @@ def evaluation_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
     return rows
 
 
-def show(title: str, rows: list[tuple[str, str]], caption: str | None = None) -> None:
+def one_of_each_class(dataset: Dataset, limit: int) -> torch.Tensor:
+    """Indices of test images, of the first ``limit`` classes."""
+    labels = dataset.test.all_labels()
+    return torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:limit]])
+
+
+def show(
+    title: str,
+    rows: Sequence[tuple[str, ...]],
+    caption: str | None = None,
+    columns: Sequence[str] = ("figure", "value"),
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, caption=caption)
-    table.add_column("figure")
-    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 100).print(table)

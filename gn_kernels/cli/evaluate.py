@@ -64,7 +64,7 @@ def add_to(commands: Commands) -> None:
             metavar=name.split("-")[-1].upper(),
         )
     evaluate.add_argument("--seed", type=int, metavar="SEED", help="of the attack")
-    add_measuring_options(evaluate)
+    add_measuring_options(evaluate, images=None, batch_size=500)
     evaluate.add_argument(
         "--preprocessing",
         choices=tuple(_PREPROCESSING),
@@ -127,5 +127,6 @@ def _evaluate(options: dict[str, Any]) -> int:
     show(f"{trained.path}, step {trained.state['step']:,}", rows)
     if target is not None:
         write_json(Path(target), figures)
+        Path(f"{target}.partial").unlink(missing_ok=True)
         print(f"Written: {target}")
     return 0

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gn_kernels.backend import info
 from gn_kernels.cli.common import (
     check_device,
     evaluation_rows,
     measure,
     on,
+    one_of_each_class,
     positive,
     show,
     write_json,
@@ -29,7 +28,7 @@ from gn_kernels.training.settings import DEFAULTS, GROUPS, InputError, Settings
 if TYPE_CHECKING:
     from gn_kernels.cli import Commands
     from gn_kernels.robustness import Evaluation
-    from gn_kernels.training import Dataset, Training
+    from gn_kernels.training import Training
     from gn_kernels.training.loop import Progress, StepComparison, Timing
 
 _CAPTION = (
@@ -169,10 +168,10 @@ def _train_here(options: dict[str, Any]) -> int:
     evaluation = measure(model, dataset, settings, settings.seed)
     comparison = compare_steps(training) if distribution.size() == 1 else None
 
-    chosen = _one_of_each_class(dataset, 10)
+    chosen = one_of_each_class(dataset, 10)
     images, labels = on(settings.device, dataset.test.batch(chosen))
     picture = folder / "gradients.png"
-    gradient_figure(picture, model, images, labels, dataset.classes, _title(settings))
+    gradient_figure(picture, {settings.method: model}, images, labels, dataset.classes)
     report = folder / "report.json"
     write_json(
         report,
@@ -233,15 +232,6 @@ def _warn_of_changes(state: dict[str, Any]) -> None:
         logging.getLogger("gn_kernels").warning(
             "the continuation may differ in its last bits: %s", "; ".join(changed)
         )
-
-
-def _one_of_each_class(dataset: Dataset, limit: int) -> torch.Tensor:
-    labels = dataset.test.all_labels()
-    return torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:limit]])
-
-
-def _title(settings: Settings) -> str:
-    return f"{settings.method} training, {settings.dataset}, {_model(settings)}"
 
 
 def _rows(

@@ -109,7 +109,8 @@ def evaluate(
         seed: of the random starts, and of AutoAttack.
         batch_size: images attacked at a time.
         check_gradients: look for masked gradients on the first 128 images (``warnings``).
-        progress_file: holds what is done; a second call goes on there, and the last removes it.
+        progress_file: holds what is done; a second call goes on there. The caller deletes it
+            once the results stand elsewhere.
         observer: called after each batch.
 
     Raises:
@@ -159,7 +160,7 @@ def evaluate(
             sweep.append(figures)
         warnings = run.warnings(radii[-1]) if check_gradients else []
     correct = clean["correct"]
-    evaluation = Evaluation(
+    return Evaluation(
         images=len(images),
         clean_accuracy=correct.double().mean().item(),
         robust_accuracy=sweep[-1]["accuracy"],
@@ -178,8 +179,6 @@ def evaluate(
         data=identity["data"],
         seconds=run.seconds(),
     )
-    run.progress.remove()
-    return evaluation
 
 
 class _Run:

@@ -69,11 +69,6 @@ class Progress:
             torch.save(state, file)
         os.replace(partial, self.path)
 
-    def remove(self) -> None:
-        """The measurement is complete: its results stand elsewhere."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
 
 class Stage(NamedTuple):
     """Where a measurement is, for its observer: ``done`` of ``total`` images of one stage."""

@@ -81,7 +81,8 @@ def analyse(
         what: names of ``ANALYSES``.
         options: of the analyses.
         batch_size: images at a time.
-        progress_file: holds what is done; a second call goes on there, and the last removes it.
+        progress_file: holds what is done; a second call goes on there. The caller deletes it
+            once the results stand elsewhere.
         observer: called after each batch.
 
     Raises:
@@ -116,7 +117,6 @@ def analyse(
         for name in what:
             found = _columns(name, model, images, options, batch_size, progress, observer)
             results[name] = Result(found, ANALYSES[name].summarise(found, options))
-    progress.remove()
     return results
 
 
