@@ -12,7 +12,10 @@ namespace gn_kernels::layer_norm {
 template <class T>
 struct Projection {
   T r, mean, mean_x;  // m(a), m(a x_hat)
-  GN_INLINE T operator()(T a, T x_hat) const { return r * (a - mean - x_hat * mean_x); }
+  template <class V>  // T, or a vector of it
+  GN_INLINE V operator()(V a, V x_hat) const {
+    return r * (a - mean - x_hat * mean_x);
+  }
 };
 
 // What x gets in the double backward pass from the cotangent v of its gradient.
@@ -24,7 +27,8 @@ struct Curvature {
   GN_INLINE Curvature(Projection<T> v, Projection<T> h, T mean_vh)
       : v(v), h(h), along(mean_vh - v.mean * h.mean - 2 * (v.mean_x * h.mean_x)) {}
 
-  GN_INLINE T operator()(T r_pv, T h_value, T x_hat) const {
+  template <class V>
+  GN_INLINE V operator()(V r_pv, V h_value, V x_hat) const {
     return -v.r * (h.mean_x * r_pv + v.r * (v.mean_x * (h_value - h.mean) + along * x_hat));
   }
 };

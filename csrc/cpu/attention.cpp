@@ -5,24 +5,19 @@
 #include <limits>
 
 #include "numbers.h"
+#include "vectors.h"
 
 namespace gn_kernels::attention {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kRows = 12;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32, kRows = 6;
-#else
-constexpr int kVectorBytes = 16, kRows = 6;
-#endif
+constexpr int kRows = kVectorBytes == 64 ? 12 : 6;  // what the registers hold
 
 // A matrix product goes by tiles of kRows rows and two vectors, which the registers hold. Matrices
 // that it multiplies from the right are packed into panels of that width: [panel][row][column].
 template <class R>
 struct Width {
-  typedef R vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(R)), may_alias));
-  static constexpr int lanes = kVectorBytes / sizeof(R), columns = 2 * lanes;
+  using vector = Vector<R>;
+  static constexpr int lanes = kLanes<R>, columns = 2 * lanes;
 };
 
 template <class R>

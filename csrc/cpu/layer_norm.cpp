@@ -3,14 +3,12 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "../layer_norm.h"
 #include "numbers.h"
-
-// Lets the compiler reorder the sums named, and nothing else.
-#define GN_SIMD _Pragma("omp simd")
-#define GN_SIMD_SUM(...) GN_PRAGMA(omp simd reduction(+ : __VA_ARGS__))
-#define GN_PRAGMA(text) _Pragma(#text)
+#include "vectors.h"
 
 namespace gn_kernels::layer_norm {
 namespace {
@@ -58,42 +56,57 @@ GN_INLINE void written(const R* wide, void* tensor, std::int64_t i, std::int64_t
   if constexpr (is_narrow<T>) gn_kernels::narrow(wide, static_cast<T*>(tensor) + i * n, n);
 }
 
-template <class F>
-GN_INLINE void for_chunks(std::int64_t n, F f) {
-  for (std::int64_t begin = 0; begin < n; begin += kChunk) {
-    f(begin, n < begin + kChunk ? n : begin + kChunk);
-  }
+// Calls f(j, V()) for all numbers of a row, with V a vector that begins at j, and at the end of the
+// row a single number.
+template <class R, class F>
+GN_INLINE void for_row(std::int64_t n, F f) {
+  std::int64_t j = 0;
+  for (; j + kLanes<R> <= n; j += kLanes<R>) f(j, Vector<R>{});
+  for (; j < n; ++j) f(j, R{});
 }
 
-// Sum of x[j] - offset over a row, and of its squares. Several sums run side by side, so that an
-// addition does not wait for the one before.
-template <class R>
-struct Moments {
-  R sum = 0, squares = 0;
-
-  GN_INLINE Moments(const R* x, R offset, std::int64_t n) {
-    for_chunks(n, [&](std::int64_t begin, std::int64_t end) {
-      const std::int64_t half = (end - begin) / 32 * 16;  // of whole vectors
-      R a = 0, b = 0, aa = 0, bb = 0;
-      GN_SIMD_SUM(a, b, aa, bb)
-      for (std::int64_t j = begin; j < begin + half; ++j) {
-        const R left = x[j] - offset, right = x[j + half] - offset;
-        a += left;
-        b += right;
-        aa += left * left;
-        bb += right * right;
-      }
-      GN_SIMD_SUM(a, aa)
-      for (std::int64_t j = begin + 2 * half; j < end; ++j) {
-        const R left = x[j] - offset;
-        a += left;
-        aa += left * left;
-      }
-      sum += a + b;
-      squares += aa + bb;
-    });
-  }
+template <class R, int count>
+struct Sums {
+  R of[count];
 };
+
+// `count` sums over a row. f(j, sums) adds to each of them what belongs to the numbers at j, as
+// many as sums[0] holds: a vector or one. Few sums go in two sets side by side, so that an addition
+// does not wait for the one before.
+template <class R, int count, class F>
+GN_INLINE Sums<R, count> sum_row(std::int64_t n, F f) {
+  using V = Vector<R>;
+  constexpr int lanes = kLanes<R>, sets = count > 4 ? 1 : 2;
+  V total[count] = {};
+  std::int64_t j = 0;
+  while (j + lanes <= n) {
+    const std::int64_t end = n < j + kChunk ? n : j + kChunk;
+    V first[count] = {}, second[count] = {};
+    for (; j + sets * lanes <= end; j += sets * lanes) {
+      f(j, first);
+      if constexpr (sets == 2) f(j + lanes, second);
+    }
+    if (j + lanes <= end) {
+      f(j, second);
+      j += lanes;
+    }
+    for (int k = 0; k < count; ++k) total[k] += first[k] + second[k];
+  }
+  R rest[count] = {};
+  for (; j < n; ++j) f(j, rest);
+  Sums<R, count> sums;
+  for (int k = 0; k < count; ++k) {
+    sums.of[k] = rest[k];
+    for (int width = lanes / 2; width > 0; width /= 2) {
+      for (int l = 0; l < width; ++l) total[k][l] += total[k][l + width];
+    }
+    sums.of[k] += total[k][0];
+  }
+  return sums;
+}
+
+template <class S>
+using Element = std::remove_reference_t<decltype(std::declval<S>()[0])>;
 
 template <class T, class R = Wide<T>>
 void forward(const Forward& a, Rows rows, R* scratch) {
@@ -105,17 +118,32 @@ void forward(const Forward& a, Rows rows, R* scratch) {
     R* y = place<T>(a.y, i, n, scratch + n);
     // Relative to its first number a constant row is exactly 0, and its variance too. Relative to
     // the mean that this gives, what is left of the mean corrects it.
-    const R about = x[0] + Moments<R>(x, x[0], n).sum / R(n);
-    const Moments<R> moments(x, about, n);
-    const R rest = moments.sum / R(n), mean = about + rest;
-    const R variance = moments.squares / R(n) - rest * rest;
+    const R shift = x[0];
+    const auto first = sum_row<R, 1>(n, [&](std::int64_t j, auto* sums) {
+      sums[0] += load<Element<decltype(sums)>>(x + j) - shift;
+    });
+    const R about = shift + first.of[0] / R(n);
+    const auto moments = sum_row<R, 2>(n, [&](std::int64_t j, auto* sums) {
+      const auto left = load<Element<decltype(sums)>>(x + j) - about;
+      sums[0] += left;
+      sums[1] += left * left;
+    });
+    const R rest = moments.of[0] / R(n), mean = about + rest;
+    const R variance = moments.of[1] / R(n) - rest * rest;
     const R r = 1 / std::sqrt((variance < 0 ? R(0) : variance) + R(a.eps));
-    GN_SIMD
-    for (std::int64_t j = 0; j < n; ++j) y[j] = (x[j] - mean) * r * w[j] + b[j];
+    for_row<R>(n, [&](std::int64_t j, auto one) {
+      using V = decltype(one);
+      store<V>(y + j, (load<V>(x + j) - mean) * r * load<V>(w + j) + load<V>(b + j));
+    });
     written<T>(y, a.y, i, n);
     static_cast<R*>(a.mean)[i] = mean;
     static_cast<R*>(a.rstd)[i] = r;
   }
+}
+
+template <class V, class R>
+GN_INLINE void add(R* sums, std::int64_t j, V value) {
+  if (sums != nullptr) store<V>(sums + j, load<V>(sums + j) + value);
 }
 
 template <class T, class R = Wide<T>>
@@ -124,41 +152,32 @@ void backward(const Backward& a, Rows rows, R* scratch) {
   const R* w = static_cast<const R*>(a.weight);
   R* sum_for_weight = static_cast<R*>(a.sum_for_weight);
   R* sum_for_bias = static_cast<R*>(a.sum_for_bias);
-  R *x_buffer = scratch, *g_buffer = scratch + n, *x_hat = scratch + 2 * n;
   for (std::int64_t i = rows.begin; i < rows.end; ++i) {
-    const R* g = read<T>(a.grad, i, n, g_buffer);
-    if (sum_for_bias != nullptr) {
-      GN_SIMD
-      for (std::int64_t j = 0; j < n; ++j) sum_for_bias[j] += g[j];
+    const R* g = read<T>(a.grad, i, n, scratch);
+    if (a.for_x == nullptr && sum_for_weight == nullptr) {
+      for_row<R>(
+          n, [&](std::int64_t j, auto one) { add(sum_for_bias, j, load<decltype(one)>(g + j)); });
+      continue;
     }
-    if (a.for_x == nullptr && sum_for_weight == nullptr) continue;
-
-    const R* x = read<T>(a.x, i, n, x_buffer);
+    const R* x = read<T>(a.x, i, n, scratch + n);
     const R mean = static_cast<const R*>(a.mean)[i], r = static_cast<const R*>(a.rstd)[i];
-    R h_sum = 0, hx_sum = 0;
-    for_chunks(n, [&](std::int64_t begin, std::int64_t end) {
-      R h_part = 0, hx_part = 0;
-      GN_SIMD_SUM(h_part, hx_part)
-      for (std::int64_t j = begin; j < end; ++j) {
-        const R z = (x[j] - mean) * r, h = g[j] * w[j];
-        x_hat[j] = z;
-        h_part += h;
-        hx_part += h * z;
-      }
-      h_sum += h_part;
-      hx_sum += hx_part;
+    const auto means = sum_row<R, 2>(n, [&](std::int64_t j, auto* sums) {
+      using V = Element<decltype(sums)>;
+      const V z = (load<V>(x + j) - mean) * r, g_here = load<V>(g + j), h = g_here * load<V>(w + j);
+      sums[0] += h;
+      sums[1] += h * z;
+      add(sum_for_weight, j, g_here * z);
+      add(sum_for_bias, j, g_here);
     });
-    if (sum_for_weight != nullptr) {
-      GN_SIMD
-      for (std::int64_t j = 0; j < n; ++j) sum_for_weight[j] += g[j] * x_hat[j];
-    }
-    if (a.for_x != nullptr) {
-      const Projection<R> projection{r, h_sum / R(n), hx_sum / R(n)};
-      R* out = place<T>(a.for_x, i, n, x_buffer);
-      GN_SIMD
-      for (std::int64_t j = 0; j < n; ++j) out[j] = projection(g[j] * w[j], x_hat[j]);
-      written<T>(out, a.for_x, i, n);
-    }
+    if (a.for_x == nullptr) continue;
+    const Projection<R> of_h{r, means.of[0] / R(n), means.of[1] / R(n)};
+    R* out = place<T>(a.for_x, i, n, scratch + 2 * n);
+    for_row<R>(n, [&](std::int64_t j, auto one) {
+      using V = decltype(one);
+      const V z = (load<V>(x + j) - mean) * r;
+      store<V>(out + j, of_h(load<V>(g + j) * load<V>(w + j), z));
+    });
+    written<T>(out, a.for_x, i, n);
   }
 }
 
@@ -168,76 +187,61 @@ void double_backward(const DoubleBackward& a, Rows rows, R* scratch) {
   const R* w = static_cast<const R*>(a.weight);
   const R* u = static_cast<const R*>(a.u);
   const R* t = static_cast<const R*>(a.t);
-  R* sum_for_weight = static_cast<R*>(a.sum_for_weight);
-  R *x_buffer = scratch, *g_buffer = scratch + n, *v_buffer = scratch + 2 * n;
-  R *x_hat = scratch + 3 * n, *r_pv = scratch + 4 * n, *result = scratch + 5 * n;
+  R* sum_for_weight = HAS_V ? static_cast<R*>(a.sum_for_weight) : nullptr;
   for (std::int64_t i = rows.begin; i < rows.end; ++i) {
-    const R* x = read<T>(a.x, i, n, x_buffer);
-    const R* g = read<T>(a.grad, i, n, g_buffer);
-    const R* v = HAS_V ? read<T>(a.v, i, n, v_buffer) : nullptr;
+    const R* x = read<T>(a.x, i, n, scratch);
+    const R* g = read<T>(a.grad, i, n, scratch + n);
+    const R* v = HAS_V ? read<T>(a.v, i, n, scratch + 2 * n) : nullptr;
     const R mean = static_cast<const R*>(a.mean)[i], r = static_cast<const R*>(a.rstd)[i];
 
-    R h_sum = 0, hx_sum = 0, v_sum = 0, vx_sum = 0, vh_sum = 0, k_sum = 0, kx_sum = 0;
-    for_chunks(n, [&](std::int64_t begin, std::int64_t end) {
-      R h_part = 0, hx_part = 0, v_part = 0, vx_part = 0, vh_part = 0, k_part = 0, kx_part = 0;
-      GN_SIMD_SUM(h_part, hx_part, v_part, vx_part, vh_part, k_part, kx_part)
-      for (std::int64_t j = begin; j < end; ++j) {
-        const R z = (x[j] - mean) * r, h = g[j] * w[j];
-        x_hat[j] = z;
-        if constexpr (HAS_V) {
-          h_part += h;
-          hx_part += h * z;
-          v_part += v[j];
-          vx_part += v[j] * z;
-          vh_part += v[j] * h;
-        }
-        if constexpr (HAS_U) {
-          const R k = g[j] * u[j];
-          k_part += k;
-          kx_part += k * z;
-        }
+    const auto sums = sum_row<R, 7>(n, [&](std::int64_t j, auto* sums) {
+      using V = Element<decltype(sums)>;
+      const V z = (load<V>(x + j) - mean) * r, g_here = load<V>(g + j);
+      if constexpr (HAS_V) {
+        const V h = g_here * load<V>(w + j), v_here = load<V>(v + j);
+        sums[0] += h;
+        sums[1] += h * z;
+        sums[2] += v_here;
+        sums[3] += v_here * z;
+        sums[4] += v_here * h;
       }
-      h_sum += h_part, hx_sum += hx_part;
-      v_sum += v_part, vx_sum += vx_part, vh_sum += vh_part;
-      k_sum += k_part, kx_sum += kx_part;
+      if constexpr (HAS_U) {
+        const V k = g_here * load<V>(u + j);
+        sums[5] += k;
+        sums[6] += k * z;
+      }
     });
-    const Projection<R> of_v{r, v_sum / R(n), vx_sum / R(n)};
-    const Projection<R> of_h{r, h_sum / R(n), hx_sum / R(n)};
-    const Projection<R> of_k{r, k_sum / R(n), kx_sum / R(n)};
-    const Curvature<R> curvature(of_v, of_h, vh_sum / R(n));
+    const auto projection = [&](int k) {
+      return Projection<R>{r, sums.of[k] / R(n), sums.of[k + 1] / R(n)};
+    };
+    const Projection<R> of_h = projection(0), of_v = projection(2), of_k = projection(5);
+    const Curvature<R> curvature(of_v, of_h, sums.of[4] / R(n));
 
-    if constexpr (HAS_V) {
-      GN_SIMD
-      for (std::int64_t j = 0; j < n; ++j) r_pv[j] = of_v(v[j], x_hat[j]);
-    }
-    if (a.for_grad != nullptr) {
-      R* out = place<T>(a.for_grad, i, n, result);
-      GN_SIMD
-      for (std::int64_t j = 0; j < n; ++j) {
-        R sum = t[j];
-        if constexpr (HAS_V) sum += r_pv[j] * w[j];
-        if constexpr (HAS_U) sum += x_hat[j] * u[j];
-        out[j] = sum;
+    R* for_grad = nullptr;
+    R* for_x = nullptr;
+    if (a.for_grad != nullptr) for_grad = place<T>(a.for_grad, i, n, scratch + 3 * n);
+    if (a.for_x != nullptr) for_x = place<T>(a.for_x, i, n, scratch + 4 * n);
+    for_row<R>(n, [&](std::int64_t j, auto one) {
+      using V = decltype(one);
+      const V z = (load<V>(x + j) - mean) * r, g_here = load<V>(g + j);
+      const V w_here = load<V>(w + j);
+      V grad = load<V>(t + j), dx = {};
+      if constexpr (HAS_V) {
+        const V r_pv = of_v(load<V>(v + j), z);
+        grad += r_pv * w_here;
+        dx += curvature(r_pv, g_here * w_here, z);
+        add(sum_for_weight, j, g_here * r_pv);
       }
-      written<T>(out, a.for_grad, i, n);
-    }
-    if (a.for_x != nullptr) {
-      R* out = place<T>(a.for_x, i, n, result);
-      GN_SIMD
-      for (std::int64_t j = 0; j < n; ++j) {
-        R sum = 0;
-        if constexpr (HAS_V) sum += curvature(r_pv[j], g[j] * w[j], x_hat[j]);
-        if constexpr (HAS_U) sum += of_k(g[j] * u[j], x_hat[j]);
-        out[j] = sum;
+      if constexpr (HAS_U) {
+        const V u_here = load<V>(u + j);
+        grad += z * u_here;
+        dx += of_k(g_here * u_here, z);
       }
-      written<T>(out, a.for_x, i, n);
-    }
-    if constexpr (HAS_V) {
-      if (sum_for_weight != nullptr) {
-        GN_SIMD
-        for (std::int64_t j = 0; j < n; ++j) sum_for_weight[j] += g[j] * r_pv[j];
-      }
-    }
+      if (for_grad != nullptr) store<V>(for_grad + j, grad);
+      if (for_x != nullptr) store<V>(for_x + j, dx);
+    });
+    if (for_grad != nullptr) written<T>(for_grad, a.for_grad, i, n);
+    if (for_x != nullptr) written<T>(for_x, a.for_x, i, n);
   }
 }
 
@@ -309,11 +313,12 @@ void add_up(Dtype dtype, const void* partials, void* sums, std::int64_t count, s
     using R = Wide<decltype(element)>;
     const R* partial = static_cast<const R*>(partials);
     R* sum = static_cast<R*>(sums);
-    for (std::int64_t j = begin; j < end; ++j) sum[j] = 0;
-    for (std::int64_t k = 0; k < count; ++k, partial += n) {
-      GN_SIMD
-      for (std::int64_t j = begin; j < end; ++j) sum[j] += partial[j];
-    }
+    for_row<R>(end - begin, [&](std::int64_t j, auto one) {
+      using V = decltype(one);
+      V total = {};
+      for (std::int64_t k = 0; k < count; ++k) total += load<V>(partial + k * n + begin + j);
+      store<V>(sum + begin + j, total);
+    });
   });
 }
 

@@ -35,7 +35,7 @@ struct Rows {
 };
 
 // Wide rows of scratch memory that each call needs.
-constexpr int kScratchRows = 6;
+constexpr int kScratchRows = 5;
 
 struct Kernels {
   void (*forward)(Dtype, Forward, Rows, void* scratch);
