@@ -87,13 +87,16 @@ class Settings:
     model: str = _setting(
         "model",
         "vit",
-        "vit, resnet: the small ones that the next options describe; a name of timm; or "
-        "transformers:NAME",
+        "vit or resnet: small ones that the next options describe; preactresnet18; a name of "
+        "timm; or transformers:NAME",
     )
-    patch_size: int = _setting("model", 2, "side of the small ViT's patch, in pixels", least=1)
-    embed_dim: int = _setting("model", 48, "its width", least=1)
-    depth: int = _setting("model", 3, "number of its blocks", least=1)
-    num_heads: int = _setting("model", 3, "heads of its attention", least=1)
+    patch_size: int = _setting("model", 2, "side of the vit's patch, in pixels", least=1)
+    embed_dim: int = _setting("model", 48, "width of the vit, or of resnet's first stage", least=1)
+    depth: int = _setting("model", 3, "blocks of the vit, or of each of resnet's 4 stages", least=1)
+    num_heads: int = _setting("model", 3, "heads of the vit's attention", least=1)
+    model_options: str | None = _setting(
+        "model", None, "for other models: keywords of its constructor, as embed_dim=12,depths=(1,2)"
+    )
     pretrained: bool = _setting("model", False, "start from the weights that the library finds")
     weights: str | None = _setting(
         "model", None, "start from the weights in this file (.pt, .pth, .safetensors)"
