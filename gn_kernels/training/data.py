@@ -132,9 +132,6 @@ class Part:
     def picture(self, index: int) -> tuple[Image, int]:
         return self.split.picture(int(self.indices[index]))
 
-    def picture(self, index: int) -> tuple[Image, int]:
-        return self.split.picture(int(self.indices[index]))
-
     def all_labels(self) -> Tensor:
         return self.split.all_labels()[self.indices]
 
