@@ -133,7 +133,7 @@ def swap(model: nn.Module) -> SwapReport:
       ``nn.MultiheadAttention`` (and so ``nn.TransformerEncoder``), and transformers models whose
       attention implementation is ``"sdpa"``. The replacement is :func:`gn_kernels.attention`; with
       dropout it is softmax(scale·QKᵀ + mask)·V from single operations, which keeps the N×N
-      scores. Without gradients and in eval mode PyTorch's fused attention still runs.
+      scores, and the report says so. Without gradients and in eval mode PyTorch's fused attention still runs.
 
     Every other activation is left to PyTorch; the report says why, and names attention that can't
     be differentiated twice. Parameters, buffers, the state dict, hooks, ``isinstance`` of every
@@ -374,7 +374,7 @@ def _row(found: Any, module: nn.Module) -> SwapRow:
         if implementation == "eager":
             return SwapRow("", old, None, "its plain attention can be differentiated twice")
         if implementation in ("sdpa", None):
-            return SwapRow("", old, _ATTENTION.name, None)
+            return SwapRow("", old, _ATTENTION.name + _note_on_dropout(module), None)
         return SwapRow(
             "", old, None, _no_second_derivative("model.set_attn_implementation('sdpa')")
         )
@@ -382,7 +382,25 @@ def _row(found: Any, module: nn.Module) -> SwapRow:
     replacement = _FUNCTIONS.get(found)
     if replacement is None:
         return SwapRow("", old, None, _no_second_derivative("F.scaled_dot_product_attention"))
-    return SwapRow("", old, replacement.name, None)
+    attends = replacement.name == _ATTENTION.name
+    return SwapRow("", old, replacement.name + (_note_on_dropout(module) if attends else ""), None)
+
+
+# What timm, transformers and torch.nn call the dropout of the attention weights: a number or a
+# module.
+_DROPOUTS = ("attn_drop", "attention_dropout", "dropout", "dropout_prob")
+
+
+def _note_on_dropout(module: nn.Module) -> str:
+    for name in _DROPOUTS:
+        value = getattr(module, name, None)
+        p = getattr(value, "p", value)
+        if isinstance(p, float) and p > 0.0:
+            return (
+                f"; in training single operations, for its {name} is {p:g}: "
+                "set that to 0 to have the kernels"
+            )
+    return ""
 
 
 def _no_second_derivative(instead: str) -> str:

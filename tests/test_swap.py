@@ -454,6 +454,14 @@ def test_attention_drops_weights_in_training():
     torch.testing.assert_close(dropped[alive], 2 * kept[alive])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_the_report_says_what_dropout_costs(dropout):
+    (row,) = swap(nn.MultiheadAttention(8, 2, dropout)).rows
+    note = "; in training single operations, for its dropout is 0.25: set that to 0"
+    assert row.new.startswith("gn_kernels.attention" + (note if dropout else ""))
+    assert ("single operations" in row.new) == (dropout > 0)
+
+
 def test_attention_refuses_what_pytorch_refuses():
     q = torch.randn(2, 4, 5, 6)
     with pytest.raises(RuntimeError, match="attn_mask must be None"):
