@@ -133,7 +133,8 @@ def swap(model: nn.Module) -> SwapReport:
       ``nn.MultiheadAttention`` (and so ``nn.TransformerEncoder``), and transformers models whose
       attention implementation is ``"sdpa"``. The replacement is :func:`gn_kernels.attention`; with
       dropout it is softmax(scale·QKᵀ + mask)·V from single operations, which keeps the N×N
-      scores, and the report says so. Without gradients and in eval mode PyTorch's fused attention still runs.
+      scores, and the report says so. Without gradients and in eval mode PyTorch's fused attention
+      still runs.
 
     Every other activation is left to PyTorch; the report says why, and names attention that can't
     be differentiated twice. Parameters, buffers, the state dict, hooks, ``isinstance`` of every
