@@ -2,6 +2,7 @@
 
     python -m benchmarks.accuracy [--quick] [--part operations|penalty] [--compare FOLDER]
     TRITON_INTERPRET=1 python -m benchmarks.accuracy   (the GPU kernels too, under the interpreter)
+    python -m benchmarks.accuracy --device cuda        (what runs where there is a GPU)
 
 Operations (computed): errors in ulp, the spacing of the type at the exact result, over every
 result of an order. For the activations the oracle is the formula in float64, the inputs are every
@@ -88,11 +89,12 @@ def errors(
     }
 
 
-def make_case(name: str, dtype: torch.dtype, points: int) -> Operation:
+def make_case(name: str, dtype: torch.dtype, points: int, device: str = "cpu") -> Operation:
     """The operation on the inputs that its accuracy is judged by."""
     if name == "attention with bias":
-        return operations.make_operation("attention", _SWIN, dtype)
-    operation = operations.make_operation(name, _SHAPES.get(name, Shape(1, 1, 1, 1)), dtype)
+        return operations.make_operation("attention", _SWIN, dtype, device)
+    shape = _SHAPES.get(name, Shape(1, 1, 1, 1))
+    operation = operations.make_operation(name, shape, dtype, device)
     if operation.family != "activation":
         return operation
     if dtype == torch.float32:
@@ -101,7 +103,7 @@ def make_case(name: str, dtype: torch.dtype, points: int) -> Operation:
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         x = every[every.abs() <= RANGE]
         x = x.repeat(math.ceil(points / x.numel()))  # each number with several cotangents
-    return operation._replace(inputs=(x.requires_grad_(),))
+    return operation._replace(inputs=(x.to(device).requires_grad_(),))
 
 
 def exact_results(
@@ -135,20 +137,25 @@ def allowances(operation: Operation, cotangents: Cotangents) -> dict[str, tuple[
     }
 
 
-def backends() -> list[str]:
-    """Those that can serve CPU tensors here."""
+def backends(device: str = "cpu") -> list[str]:
+    """Those that can serve tensors on the device here."""
     return [
         name
         for name in BACKENDS
-        if choose("cpu", torch.float32, installed(), requested=name).backend is not None
+        if choose(device, torch.float32, installed(), requested=name).backend is not None
     ]
 
 
-def operation_rows(names: Sequence[str], points: int) -> Iterator[Row]:
+def _title(backend: str) -> str:
+    interpreted = backend == "triton" and installed().triton_interpreter
+    return f"gn_kernels, {backend}{' (interpreter)' if interpreted else ''}"
+
+
+def operation_rows(names: Sequence[str], points: int, device: str = "cpu") -> Iterator[Row]:
     """A row for each operation, type, order and provider."""
     for name in names:
         for dtype in DTYPES:
-            operation = make_case(name, dtype, points)
+            operation = make_case(name, dtype, points, device)
             cotangents = operations.make_cotangents(operation)
             exact = exact_results(operation, cotangents)
             half_activation = operation.family == "activation" and dtype != torch.float32
@@ -158,6 +165,7 @@ def operation_rows(names: Sequence[str], points: int) -> Iterator[Row]:
                     "kind": "computed",
                     "operation": name,
                     "dtype": operations.dtype_name(dtype),
+                    "device": device,
                     "provider": provider,
                 }
                 try:
@@ -175,8 +183,8 @@ def operation_rows(names: Sequence[str], points: int) -> Iterator[Row]:
 def _providers(
     operation: Operation,
 ) -> Iterator[tuple[str, Callable[..., Tensor], AbstractContextManager[None]]]:
-    for backend in backends():
-        yield f"gn_kernels, {backend}", operation.ours, gn_kernels.use_backend(backend)
+    for backend in backends(operation.inputs[0].device.type):
+        yield _title(backend), operation.ours, gn_kernels.use_backend(backend)
     yield "eager", operation.eager, nullcontext()
 
 
@@ -233,13 +241,13 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def penalty_rows(samples: int) -> Iterator[Row]:
+def penalty_rows(samples: int, device: str = "cpu") -> Iterator[Row]:
     """A row for each norm, type and way to the weight gradient."""
-    stock = small_vit()
+    stock = small_vit().to(device)
     use_math_attention(stock)
     generator = torch.Generator().manual_seed(1)
-    images = torch.rand(samples, 3, 32, 32, generator=generator)
-    labels = torch.randint(10, (samples,), generator=generator)
+    images = torch.rand(samples, 3, 32, 32, generator=generator).to(device)
+    labels = torch.randint(10, (samples,), generator=generator).to(device)
     for norm in ("l1", "l2"):
         for dtype in (torch.float32, torch.bfloat16):
             # The rounded weights and images are the problem; how it is computed is the question.
@@ -254,15 +262,16 @@ def penalty_rows(samples: int) -> Iterator[Row]:
                 "kind": "computed",
                 "operation": f"penalty, {norm}",
                 "dtype": operations.dtype_name(dtype),
+                "device": device,
                 "order": "weight gradient",
             }
             eager = partial(penalty_gradient, rounded, inputs, labels, norm)
             yield about | {"provider": "double backpropagation, eager", "relative": error(eager)}
-            for backend in backends():
+            for backend in backends(device):
                 ours = copy.deepcopy(rounded)
                 use_fused_attention(ours)
                 swap(ours)
-                row = about | {"provider": f"double backpropagation, gn_kernels, {backend}"}
+                row = about | {"provider": f"double backpropagation, {_title(backend)}"}
                 try:
                     with gn_kernels.use_backend(backend):
                         gradient = partial(penalty_gradient, ours, inputs, labels, norm)
@@ -310,18 +319,23 @@ def _interval(row: Row) -> tuple[float, float] | None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("accuracy", __doc__)
     parser.add_argument("--part", choices=("operations", "penalty"), help="only one of the two")
+    parser.add_argument(
+        "--family", choices=[*operations.NAMES, "attention with bias"], action="append"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)  # sums in one order, whatever the machine
     where = common.environment(common.command_line("accuracy", argv))
     tables = []
-    key = ("operation", "dtype", "order", "provider")
+    key = ("operation", "dtype", "device", "order", "provider")
     if arguments.part != "penalty":
-        names = [*operations.NAMES, "attention with bias"]
-        rows = list(operation_rows(names, 2**14 if arguments.quick else 2**20))
+        names = arguments.family or [*operations.NAMES, "attention with bias"]
+        points = 2**14 if arguments.quick else 2**20
+        rows = list(operation_rows(names, points, arguments.device))
         print(common.markdown(rows, OPERATION_COLUMNS), end="\n\n")
         tables.append(Table("accuracy", [row | where for row in rows], key, _interval))
     if arguments.part != "operations":
-        rows = list(penalty_rows(4 if arguments.quick else 16))
+        rows = list(penalty_rows(4 if arguments.quick else 16, arguments.device))
         print(common.markdown(rows, PENALTY_COLUMNS), end="\n\n")
         tables.append(Table("accuracy_penalty", [row | where for row in rows], key, _interval))
     return common.finish(tables, arguments)

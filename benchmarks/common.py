@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ import torch
 Row = dict[str, Any]
 
 RESULTS = Path(__file__).with_name("results")
-PACKAGES = ("torch", "triton", "timm", "gn_kernels")
+PACKAGES = ("torch", "triton", "timm", "gn_kernels", "liger_kernel")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -37,6 +38,10 @@ DTYPES = {
 
 # A sample shorter than this would measure the clock.
 _SAMPLE_S = 5e-3
+
+# What of the environment changes a figure: it belongs to the command of a row.
+_VARIABLES = re.compile("(OMP|MKL|KMP|MALLOC|ONEDNN|DNNL|GLIBC|TORCH|TRITON_INTERPRET|LD_PRELOAD)")
+_NOT_FIGURES = ("TORCHINDUCTOR_CACHE_DIR", "TORCH_HOME", "TORCH_LOGS")
 
 
 class Timing(NamedTuple):
@@ -62,13 +67,15 @@ def interleave(
     """Time the providers in turn, ``rounds`` times, each round beginning with another one.
 
     Whatever slows the machine down for a while then slows all of them. Each is warmed up first,
-    and called often enough in a sample for the clock.
+    and called often enough in a sample for the clock. Python's garbage collector is off meanwhile.
     """
     names = list(providers)
     calls = {}
     for name, run in providers.items():
-        _elapsed(run, 1, device)
-        calls[name] = max(1, math.ceil(_SAMPLE_S / _elapsed(run, 1, device)))
+        seconds = _elapsed(run, 1, device)
+        if seconds < 100 * _SAMPLE_S:  # may be the first call's own doing
+            seconds = _elapsed(run, 1, device)
+        calls[name] = max(1, math.ceil(_SAMPLE_S / seconds))
         if calls[name] > 1:
             _elapsed(run, calls[name], device)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -122,11 +129,14 @@ def milliseconds(timing: Timing) -> Row:
 @functools.cache
 def environment(command: str) -> Row:
     """The columns that say where and how a row was made."""
+    gpu = "none"
+    if torch.cuda.is_available():
+        gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     return {
-        "cpu": f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{_cpu()}, {_capability()}, {_last_cache()}",
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),  # of the minute before: above 0.5 others were at work
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu": gpu,
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "commit": _commit(),
@@ -144,26 +154,48 @@ def _cpu() -> str:
     return next(names, platform.machine())
 
 
+def _capability() -> str:
+    """The vector instructions that PyTorch uses, and the matrix unit that its products use."""
+    amx = " and AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return torch.backends.cpu.get_cpu_capability() + amx
+
+
+def _last_cache() -> str:
+    """What a tensor may lie in between two calls."""
+    found = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    return f"last cache {found[-1].read_text().strip()}" if found else "cache unknown"
+
+
 def _version(package: str) -> str:
     if package == "gn_kernels":  # a checkout need not be installed
         from gn_kernels.version import __version__
 
         return __version__
     try:
-        return version(package)
+        return version(package.replace("_", "-"))
     except PackageNotFoundError:
         return "absent"
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
+    """Of the checkout; dirty where anything but the results of these commands is not committed."""
+
+    def git(*arguments: str) -> str:
         done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
         )
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--", ":/", ":(exclude)results", ":(exclude)*.md")
     except (OSError, subprocess.CalledProcessError):
         return "not a commit"
-    return done.stdout.strip()
+    return f"{commit}-dirty" if changed else commit
 
 
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -173,27 +205,51 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("--quick", action="store_true", help="small sizes, under a minute")
+    result.add_argument(
+        "--quick", action="store_true", help="small sizes; the commands together in two minutes"
+    )
     result.add_argument(
         "--output", type=Path, default=None, help="folder of the CSV and JSON (default: results/)"
     )
     result.add_argument(
         "--compare",
-        type=Path,
+        type=_folder,
         help="folder of an earlier run: exit with 1 where this one is worse, beyond the noise",
     )
     return result
 
 
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder: name that of an earlier run")
+    return Path(text)
+
+
 def command_line(module: str, argv: Sequence[str] | None) -> str:
-    """How to run it again. Without the options that name folders of this machine."""
+    """How to run it again, with the variables that change what is measured.
+
+    Without the options that name folders of this machine.
+    """
     given = list(sys.argv[1:] if argv is None else argv)
     for option in ("--output", "--compare"):
         while option in given:
             at = given.index(option)
             del given[at : at + 2]
         given = [argument for argument in given if not argument.startswith(f"{option}=")]
-    return shlex.join(["python", "-m", f"benchmarks.{module}", *given])
+    return shlex.join([*_variables(), "python", "-m", f"benchmarks.{module}", *given])
+
+
+def _variables() -> list[str]:
+    return [
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if _VARIABLES.match(name) and name not in _NOT_FIGURES
+    ]
+
+
+def kept_pages() -> bool:
+    """Whether glibc was told to keep freed memory, so that no result lies on fresh pages."""
+    return os.environ.get("MALLOC_MMAP_MAX_") == "0" and "MALLOC_TRIM_THRESHOLD_" in os.environ
 
 
 class Table(NamedTuple):
@@ -208,23 +264,60 @@ class Table(NamedTuple):
 def finish(tables: Iterable[Table], arguments: argparse.Namespace) -> int:
     """Write CSV and JSON, compare with an earlier run; the exit status.
 
-    A quick run is for a look: it is written only where ``--output`` says.
+    A quick run is for a look: it is written only where ``--output`` says. Rows of an earlier run
+    in the same folder stay, but for those that this one made again: a table may be measured in
+    pieces, and each row names its own command and commit.
     """
     folder = arguments.output or (None if arguments.quick else RESULTS)
     failures: list[str] = []
     for table in tables:
+        earlier: list[Row] | None = None
+        if arguments.compare is not None:  # before this run is written: it may be the same folder
+            try:
+                earlier = read(table.name, arguments.compare)
+            except FileNotFoundError:
+                failures.append(f"--compare: {arguments.compare} has no {table.name}.csv")
         if folder is not None:
-            write(table.name, table.rows, folder)
+            write(table.name, merged(table, folder), folder)
         failures += [
             f"{' '.join(str(row[column]) for column in table.key)}: {row['error']}"
             for row in table.rows
             if row.get("error")
         ]
-        if arguments.compare is not None:
-            failures += regressions(table, read(table.name, arguments.compare))
+        if earlier is not None:
+            failures += regressions(table, earlier)
+            print(_comparison(table, earlier))
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return int(bool(failures))
+
+
+def _key(table: Table, row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(column, "")) for column in table.key)
+
+
+def merged(table: Table, folder: Path) -> list[Row]:
+    """The rows of a folder with those of a table in the place of the ones that they replace."""
+    path = folder / f"{table.name}.json"
+    if not path.exists():
+        return table.rows
+    fresh = {_key(table, row): row for row in table.rows}
+    kept = [row for row in json.loads(path.read_text()) if _key(table, row) not in fresh]
+    return kept + table.rows
+
+
+def _comparison(table: Table, earlier: list[Row]) -> str:
+    """How much was compared, and where the two runs are not alike."""
+    before = {_key(table, row): row for row in earlier}
+    pairs = [(before[_key(table, r)], r) for r in table.rows if _key(table, r) in before]
+    compared = sum(table.interval(old) is not None for old, _ in pairs)
+    differ = [
+        column
+        for column in ("cpu", "threads", "gpu", "torch", "triton")
+        if any(old.get(column) != _number(str(new.get(column))) for old, new in pairs)
+    ]
+    note = f"; not of the same {', '.join(differ)}: expect differences" if differ else ""
+    return f"{table.name}: {compared} figures compared with the earlier run{note}"
 
 
 def write(name: str, rows: list[Row], folder: Path) -> None:
@@ -259,25 +352,23 @@ def regressions(table: Table, earlier: list[Row]) -> list[str]:
     """What is worse than in an earlier run: its whole interval lies above the earlier one's.
 
     A row that the earlier run had with a figure and that has none now is a regression too. Rows of
-    only one of the runs are not compared.
+    only one of the runs are not compared; where that is all of them, the comparison says nothing,
+    and fails.
     """
-
-    def key(row: Row) -> tuple[str, ...]:
-        return tuple(str(row[column]) for column in table.key)
-
-    before = {key(row): table.interval(row) for row in earlier}
-    found = []
+    before = {_key(table, row): table.interval(row) for row in earlier}
+    found, compared = [], 0
     for row in table.rows:
-        old, new = before.get(key(row)), table.interval(row)
+        name = " ".join(_key(table, row))
+        old, new = before.get(_key(table, row)), table.interval(row)
         if old is None:
             continue
+        compared += 1
         if new is None:
-            found.append(f"{' '.join(key(row))}: had a figure in the earlier run, has none now")
+            found.append(f"{name}: had a figure in the earlier run, has none now")
         elif new[0] > old[1]:
-            found.append(
-                f"{' '.join(key(row))}: {new[0]:.4g} to {new[1]:.4g}, "
-                f"was {old[0]:.4g} to {old[1]:.4g}"
-            )
+            found.append(f"{name}: {new[0]:.4g} to {new[1]:.4g}, was {old[0]:.4g} to {old[1]:.4g}")
+    if not compared:
+        found.append(f"{table.name}: the earlier run has none of the rows of this one")
     return found
 
 

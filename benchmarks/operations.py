@@ -1,6 +1,9 @@
 """How fast is one operation? Every order of derivative, beside its peers, in one process.
 
     python -m benchmarks.operations [--family F] [--shape S] [--dtype D] [--quick] [--compare DIR]
+    python -m benchmarks.operations --shape all --dtype all   (the whole grid: hours on two cores)
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python -m benchmarks.operations …
+        (results on memory that is used again, instead of pages that the kernel must clear)
 
 Orders, as a penalty on the input gradient runs them:
 
@@ -14,8 +17,8 @@ differentiated twice and so gets each order as a function without autograd, once
 gn_kernels and once what autograd makes of PyTorch's own operation; a copy that moves the bytes an
 order must move at least; and peers that have one derivative only.
 
-What a provider computes is checked against eager PyTorch in float64 first. Where it is wrong, no
-time is taken.
+What a provider computes is checked against eager PyTorch in float64 first, in every order. One
+that is wrong in one order gets no time in any.
 """
 
 from __future__ import annotations
@@ -64,19 +67,25 @@ class Shape(NamedTuple):
     window: int | None = None  # tokens of a Swin window
 
 
+# Width and heads of timm's models, and of the four stages of its Swins at 224 px.
+_VITS = {"vit-ti": (192, 3), "vit-s": (384, 6), "vit-b": (768, 12), "vit-l": (1024, 16)}
+_SWINS = {"swin-t": (96, 3), "swin-b": (128, 4)}
 SHAPES = {
-    "vit-ti-8": Shape(8, 197, 192, 3),
-    "vit-s-8": Shape(8, 197, 384, 6),
-    "vit-b-8": Shape(8, 197, 768, 12),
-    "vit-l-8": Shape(8, 197, 1024, 16),
-    "vit-s-64": Shape(64, 197, 384, 6),
-    "swin-b-stage1-8": Shape(8, 3136, 128, 4, 49),
-    "swin-b-stage2-8": Shape(8, 784, 256, 8, 49),
-    "swin-b-stage3-8": Shape(8, 196, 512, 16, 49),
-    "swin-b-stage4-8": Shape(8, 49, 1024, 32, 49),
+    **{
+        f"{name}-{batch}": Shape(batch, 197, width, heads)
+        for batch in (8, 64)
+        for name, (width, heads) in _VITS.items()
+    },
+    **{
+        f"{name}-stage{i + 1}-{batch}": Shape(batch, 3136 >> 2 * i, width << i, heads << i, 49)
+        for batch in (8, 64)
+        for name, (width, heads) in _SWINS.items()
+        for i in range(4)
+    },
     "64-elements": Shape(1, 1, 16, 1),
 }
-# What runs where nothing else is asked for, by family.
+# What runs where nothing else is asked for, by family. On a GPU whole batches: smaller tensors
+# would stay in its cache.
 DEFAULTS = {
     "activation": (
         ("vit-b-8", torch.float32),
@@ -86,14 +95,22 @@ DEFAULTS = {
     "layer_norm": (
         ("vit-s-8", torch.float32),
         ("vit-s-64", torch.bfloat16),
+        ("swin-b-stage1-8", torch.float32),
         ("64-elements", torch.float32),
     ),
     "attention": (
         ("vit-s-8", torch.float32),
         ("swin-b-stage3-8", torch.float32),
         ("vit-s-8", torch.bfloat16),
+        ("swin-b-stage3-8", torch.bfloat16),
+        ("64-elements", torch.float32),
     ),
 }
+_GPU_DEFAULTS = tuple(
+    (shape, dtype)
+    for shape in ("vit-s-64", "vit-b-64", "vit-l-64", "swin-b-stage1-64", "swin-b-stage3-64")
+    for dtype in (torch.bfloat16, torch.float32)
+)
 
 
 class Operation(NamedTuple):
@@ -151,13 +168,14 @@ def _activation(kind: str, shape: Shape, random: Callable[..., Tensor]) -> Opera
         eager=PYTORCH_ACTIVATIONS.get(kind, ACTIVATIONS[kind].value),
         formula=ACTIVATION_FORMULA,
         options=(kind,),
-        first_order={},
+        first_order={"liger": "it has gated activations only"},
     )
 
 
 def _layer_norm(name: str, shape: Shape, random: Callable[..., Tensor]) -> Operation:
     row = (shape.width,)
-    inputs = (random(shape.batch, shape.tokens, shape.width), random(*row), random(*row))
+    x = random(shape.batch, shape.tokens, shape.width)
+    inputs = (x, random(*row), random(*row))
     return Operation(
         name=name,
         family=name,
@@ -167,17 +185,42 @@ def _layer_norm(name: str, shape: Shape, random: Callable[..., Tensor]) -> Opera
         eager=lambda x, weight, bias: F.layer_norm(x, row, weight, bias),
         formula=LAYER_NORM_FORMULA,
         options=(row, 1e-5),
-        first_order={"liger": _liger_layer_norm(inputs[0])},
+        first_order={
+            "liger": _peer(x, "liger_kernel.transformers.functional", _liger_layer_norm),
+            "apex": _peer(x, "apex.normalization.fused_layer_norm", _apex_layer_norm),
+        },
     )
 
 
-def _liger_layer_norm(x: Tensor) -> Callable[..., Tensor] | str:
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger_kernel is not installed"
+def _peer(
+    x: Tensor, module: str, make: Callable[[Any], Callable[..., Tensor]]
+) -> Callable[..., Tensor] | str:
+    """A function of another library that serves x, or why there is none."""
+    package = module.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
     if not x.is_cuda:
-        return "liger_kernel needs a GPU"
-    functional = importlib.import_module("liger_kernel.transformers.functional")
-    return lambda x, weight, bias: functional.liger_layer_norm(x, weight, bias, 1e-5)
+        return f"{package} needs a GPU"
+    try:
+        return make(importlib.import_module(module))
+    except ImportError as error:
+        return common.one_line(error)
+
+
+def _liger_layer_norm(liger: Any) -> Callable[..., Tensor]:
+    return lambda x, weight, bias: liger.liger_layer_norm(x, weight, bias, 1e-5)
+
+
+def _apex_layer_norm(apex: Any) -> Callable[..., Tensor]:
+    return lambda x, weight, bias: apex.fused_layer_norm_affine(x, weight, bias, bias.shape, 1e-5)
+
+
+def _flash_attention(flash_attn: Any) -> Callable[..., Tensor]:
+    def attention(*qkv: Tensor) -> Tensor:  # it wants heads beside their elements
+        result: Tensor = flash_attn.flash_attn_func(*(x.transpose(1, 2) for x in qkv))
+        return result.transpose(1, 2)
+
+    return attention
 
 
 def _attention(name: str, shape: Shape, random: Callable[..., Tensor]) -> Operation:
@@ -188,6 +231,9 @@ def _attention(name: str, shape: Shape, random: Callable[..., Tensor]) -> Operat
     if shape.window:  # the relative position bias, which is learned
         inputs.append(random(1, shape.heads, length, length))
     scale = size**-0.5
+    flash = _peer(inputs[0], "flash_attn", _flash_attention)
+    if shape.window or inputs[0].dtype not in (torch.float16, torch.bfloat16):
+        flash = "it takes 16-bit numbers and no bias"
 
     def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         scores = (q * scale) @ k.mT
@@ -202,7 +248,10 @@ def _attention(name: str, shape: Shape, random: Callable[..., Tensor]) -> Operat
         eager=eager,
         formula=ATTENTION_FORMULA,
         options=(scale,),
-        first_order={"F.scaled_dot_product_attention": F.scaled_dot_product_attention},
+        first_order={
+            "F.scaled_dot_product_attention": F.scaled_dot_product_attention,
+            "flash_attn": flash,
+        },
     )
 
 
@@ -338,6 +387,7 @@ def _compiled(
     before = graphs["unique_graphs"]
     for run in runs.values():
         run()
+    # torch.compile has ways to run eagerly without a word, TORCHDYNAMO_DISABLE=1 for one.
     if graphs["unique_graphs"] != before + len(runs):
         raise RuntimeError("torch.compile did not compile each order to one graph")
     return runs | {"cycle": cycle}
@@ -449,25 +499,26 @@ def measure(operation: Operation, rounds: int, chosen: Sequence[str] | None = No
     providers, absent = make_providers(operation, cotangents, chosen)
     tolerance = TOLERANCE[operation.inputs[0].dtype]
     device = operation.inputs[0].device.type
+    errors = {
+        name: {
+            order: _mistake_of(run, expected[order], tolerance)
+            for order, run in runs.items()
+            if name != COPY
+        }
+        for name, runs in providers.items()
+    }
+    right = {name: runs for name, runs in providers.items() if not any(errors[name].values())}
     rows = []
     for order in ORDERS:
-        errors = {}
-        for name, runs in providers.items():
-            if name != COPY and order in runs:
-                try:
-                    errors[name] = mistake(runs[order](), expected[order], tolerance)
-                except Exception as error:  # whatever a provider raises is its result
-                    errors[name] = common.one_line(error)
-        right = {
-            name: runs[order]
-            for name, runs in providers.items()
-            if order in runs and not errors.get(name)
-        }
-        timings = common.interleave(right, rounds, device)
+        timed = {name: runs[order] for name, runs in right.items() if order in runs}
+        timings = common.interleave(timed, rounds, device)
         for name in sorted((*providers, *absent), key=(OURS, EAGER, *absent, *providers).index):
             if name in providers and order not in providers[name]:
                 continue  # a peer with one derivative
-            row: Row = {"order": order, "provider": name, "error": errors.get(name, ""), "note": ""}
+            error = errors.get(name, {}).get(order, "")
+            if not error and name in providers and name not in right:
+                error = "wrong in another order"
+            row: Row = {"order": order, "provider": name, "error": error, "note": ""}
             if name in absent:
                 row["error" if name == OURS else "note"] = absent[name]
             if name in timings:
@@ -481,21 +532,41 @@ def measure(operation: Operation, rounds: int, chosen: Sequence[str] | None = No
     return rows
 
 
+def _mistake_of(run: Run, expected: Sequence[Tensor | None], tolerance: float) -> str:
+    try:
+        return mistake(run(), expected, tolerance)
+    except Exception as error:  # whatever a provider raises is its result
+        return common.one_line(error)
+
+
 def cases(
     families: Sequence[str] | None,
     shapes: Sequence[str] | None,
     dtypes: Sequence[torch.dtype] | None,
+    device: str = "cpu",
 ) -> list[tuple[str, str, torch.dtype]]:
-    """(operation, shape, dtype) of what is asked for; the defaults where nothing is."""
+    """(operation, shape, dtype) of what is asked for; the device's defaults where nothing is."""
     result = []
     for name, family in NAMES.items():
         if families is None or name in families or family in families:
-            if shapes is None and dtypes is None:
-                result += [(name, shape, dtype) for shape, dtype in DEFAULTS[family]]
-            else:
-                some = shapes or list(dict.fromkeys(shape for shape, _ in DEFAULTS[family]))
-                types = dtypes or [torch.float32]
-                result += [(name, shape, dtype) for shape in some for dtype in types]
+            some = DEFAULTS[family] if device == "cpu" else _GPU_DEFAULTS
+            if shapes is not None and dtypes is not None:
+                some = tuple((shape, dtype) for shape in shapes for dtype in dtypes)
+            elif shapes is not None:
+                types = dict.fromkeys(dtype for _, dtype in some)
+                some = tuple(
+                    (shape, dtype)
+                    for shape in shapes
+                    for dtype in ([d for s, d in some if s == shape] or types)
+                )
+            elif dtypes is not None:
+                names = dict.fromkeys(shape for shape, _ in some)
+                some = tuple(
+                    (shape, dtype)
+                    for dtype in dtypes
+                    for shape in ([s for s, d in some if d == dtype] or names)
+                )
+            result += [(name, shape, dtype) for shape, dtype in some]
     return result
 
 
@@ -540,7 +611,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = (OURS, EAGER, INDUCTOR, COPY)  # a compilation takes seconds
     rounds = arguments.rounds or (5 if arguments.quick else 15)
     rows: list[Row] = []
-    for name, shape, dtype in cases(names, shapes, dtypes):
+    for name, shape, dtype in cases(names, shapes, dtypes, arguments.device):
         operation = make_operation(name, SHAPES[shape], dtype, arguments.device)
         about = {
             "kind": "measured",
@@ -549,6 +620,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "dimensions": "×".join(map(str, operation.inputs[0].shape)),
             "dtype": dtype_name(dtype),
             "device": arguments.device,
+            "memory": "reused" if common.kept_pages() else "fresh",
         }
         some = [about | row | where for row in measure(operation, rounds, chosen)]
         print(common.markdown(some, COLUMNS), end="\n\n", flush=True)
@@ -556,7 +628,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = Table(
         "operations",
         rows,
-        ("operation", "shape", "dtype", "device", "order", "provider"),
+        ("operation", "shape", "dtype", "device", "memory", "order", "provider"),
         common.measured_interval,
     )
     return common.finish([table], arguments)

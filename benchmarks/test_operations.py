@@ -22,6 +22,8 @@ PROVIDERS = (
     operations.COPY,
     "F.scaled_dot_product_attention",
     "liger",
+    "apex",
+    "flash_attn",
 )
 
 

@@ -43,6 +43,15 @@ MACHINES = (
     Machine("B200", 7.2e12, 1480e12),
 )
 
+ASSUMPTIONS = (
+    "each call takes the longer of its bytes at the memory's rate and its FLOP at the rate of the "
+    "matrix units; no launch costs, no overlap; assumed is 90 % of the memory bandwidth and 66 % "
+    "of the dense bf16 rate that the vendor states: "
+) + "; ".join(
+    f"{machine.name}: {machine.bytes_s / 1e12:.1f} TB/s, {machine.flop_s / 1e12:,.0f} TFLOP/s"
+    for machine in MACHINES
+)
+
 
 class Op(NamedTuple):
     """One call of a kernel."""

@@ -62,8 +62,14 @@ def test_a_figure_that_is_gone_is_a_regression():
 
 def test_a_peer_is_not_compared_and_a_new_row_neither():
     peer = row("gelu", 9.0, provider="eager")
-    new = row("silu", 9.0)
-    assert common.regressions(table(peer, new), [row("gelu", 0.2, provider="eager")]) == []
+    new, same = row("silu", 9.0), row("tanh", 1.0)
+    earlier = [row("gelu", 0.2, provider="eager"), row("tanh", 1.0)]
+    assert common.regressions(table(peer, new, same), earlier) == []
+
+
+def test_a_comparison_of_nothing_fails():
+    (found,) = common.regressions(table(row("silu", 9.0)), [row("gelu", 0.2)])
+    assert "none of the rows" in found
 
 
 def arguments(folder, compare=None, quick=False):
@@ -80,6 +86,39 @@ def test_finish_writes_what_read_reads_and_compares(tmp_path, capsys):
     assert "gelu" in capsys.readouterr().err
 
 
+def test_a_run_replaces_its_own_rows_and_leaves_the_others(tmp_path):
+    common.finish([table(row("gelu", 0.2), row("silu", 0.3))], arguments(tmp_path))
+    common.finish([table(row("gelu", 0.4))], arguments(tmp_path))
+    found = {one["operation"]: one["relative"] for one in common.read("operations", tmp_path)}
+    assert found == {"gelu": 0.4, "silu": 0.3}
+
+
+def test_a_run_is_compared_with_what_it_replaces(tmp_path):
+    common.finish([table(row("gelu", 0.2))], arguments(tmp_path))
+    assert common.finish([table(row("gelu", 0.4))], arguments(tmp_path, tmp_path)) == 1
+
+
+def test_a_folder_without_the_table_fails_and_the_run_is_kept(tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert common.finish([table(row("gelu", 0.2))], arguments(tmp_path, empty)) == 1
+    assert "has no operations.csv" in capsys.readouterr().err
+    assert len(common.read("operations", tmp_path)) == 1
+
+
+def test_another_machine_is_named(tmp_path, capsys):
+    here, there = row("gelu", 0.2) | {"cpu": "one"}, row("gelu", 0.2) | {"cpu": "another"}
+    common.finish([table(here)], arguments(tmp_path))
+    common.finish([table(there)], arguments(tmp_path, tmp_path))
+    assert "not of the same cpu" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there_is_refused_before_anything_runs(capsys):
+    with pytest.raises(SystemExit):
+        common.parser("operations", None).parse_args(["--compare", "/no/such/folder"])
+    assert "is no folder" in capsys.readouterr().err
+
+
 def test_a_red_row_is_a_failure(tmp_path):
     red = {"operation": "gelu", "provider": "gn_kernels", "error": "wrong"}
     assert common.finish([table(red)], arguments(tmp_path)) == 1
@@ -91,10 +130,23 @@ def test_a_quick_run_leaves_the_results_alone(monkeypatch, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_the_command_names_no_folder():
+def test_the_command_names_no_folder(monkeypatch):
     given = ["--quick", "--output", "/somewhere/else", "--compare=/there", "--part", "count"]
+    for name in common.os.environ:
+        if common._VARIABLES.match(name):
+            monkeypatch.delenv(name)
     command = common.command_line("step_cost", given)
     assert command == "python -m benchmarks.step_cost --quick --part count"
+
+
+def test_the_command_names_the_variables_that_change_what_it_measures(monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+    command = common.command_line("operations", [])
+    assert "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000" in command
+    assert common.kept_pages()
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    assert not common.kept_pages()
 
 
 def test_rows_carry_machine_versions_commit_and_command():

@@ -11,6 +11,8 @@ def results(tmp_path):
     rows = [
         {
             "operation": "gelu",
+            "device": "cpu",
+            "memory": "fresh",
             "dimensions": "8×16",
             "dtype": "float32",
             "order": order,

@@ -7,9 +7,11 @@ from benchmarks import step_cost
 from benchmarks.step_cost import METHODS, NATURAL, Method, Size
 from gn_kernels.counting import MACHINES, Counter
 
-EAGER = next(method for method in METHODS if method.name == "gradient-norm, eager")
+EAGER = next(method for method in METHODS if method.name == step_cost.EAGER)
 H100 = next(machine for machine in MACHINES if machine.name == "H100")
-TINY = Size(width=64, blocks=1, pixels=32, batch=2, rounds=2)
+TINY = Size(
+    "vit_small_patch16_224", {"depth": 1, "embed_dim": 64, "num_heads": 1}, 32, batch=2, rounds=2
+)
 
 
 def test_two_blocks_of_a_vit_cost_what_was_counted_before():
@@ -43,18 +45,44 @@ def test_whole_models_cost_what_was_counted_before(model, natural, penalised):
 
 
 def test_methods_agree_where_they_should():
-    methods = [method for method in METHODS if "gn_kernels" not in method.name]
+    methods = METHODS
     steps = step_cost.make_steps(TINY, "gelu", methods, with_compile=False, device="cpu")
     assert step_cost.check_steps(steps) == {}
+
+
+def test_a_compiled_step_that_runs_eagerly_is_red(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    steps = step_cost.make_steps(TINY, "gelu", (NATURAL, EAGER), with_compile=True, device="cpu")
+    wrong = step_cost.check_steps(steps)
+    assert list(wrong) == [step_cost.COMPILED]
+    assert "0 graphs" in wrong[step_cost.COMPILED]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_a_compiled_step_is_one_graph_and_right():
+    steps = step_cost.make_steps(TINY, "gelu", (NATURAL, EAGER), with_compile=True, device="cpu")
+    assert step_cost.check_steps(steps) == {}
+
+
+def test_a_lean_attack_that_attacks_otherwise_is_red():
+    def elsewhere(model, images, labels):
+        return step_cost.pgd_lean(model, images.flip(-1), labels)
+
+    reference = next(method for method in METHODS if method.name == "PGD-3 of the reference")
+    methods = (reference, Method("PGD-3, lean", elsewhere, step_cost.use_math_attention))
+    steps = step_cost.make_steps(TINY, "gelu", methods, with_compile=False, device="cpu")
+    assert "differ" in step_cost.check_steps(steps)["PGD-3, lean"]
 
 
 def test_a_penalty_that_is_dropped_is_red_and_gets_no_time(monkeypatch):
     dropped = Method("gradient-norm, gn_kernels", step_cost.natural, step_cost.use_math_attention)
     monkeypatch.setattr(step_cost, "METHODS", (NATURAL, EAGER, dropped))
-    *right, wrong = step_cost.measure(TINY, ["gelu"], with_compile=False, device="cpu")
+    *right, wrong, compiled = step_cost.measure(TINY, ["gelu"], with_compile=False, device="cpu")
     assert all(row["median_ms"] > 0 and not row["error"] for row in right)
     assert "differ" in wrong["error"]
     assert "median_ms" not in wrong
+    assert "not asked for" in compiled["note"]
 
 
 def test_an_attack_stays_in_its_ball_and_moves():
