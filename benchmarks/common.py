@@ -365,7 +365,7 @@ def regressions(table: Table, earlier: list[Row]) -> list[str]:
         compared += 1
         if new is None:
             found.append(f"{name}: had a figure in the earlier run, has none now")
-        elif new[0] > old[1]:
+        elif not new[0] <= old[1]:  # NaN is worse than anything
             found.append(f"{name}: {new[0]:.4g} to {new[1]:.4g}, was {old[0]:.4g} to {old[1]:.4g}")
     if not compared:
         found.append(f"{table.name}: the earlier run has none of the rows of this one")
@@ -409,6 +409,8 @@ def _cell(value: Any) -> str:
 
 def number(value: float) -> str:
     """Three digits or so: 1,234; 12.3; 0.12; 1.2e-05."""
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) and abs(value) < 1e6:
         return f"{int(value):,}"
     if not 0.01 <= abs(value) < 1e6:

@@ -398,6 +398,7 @@ element-wise operations are not fused: *natural, gn_kernels* is the fair one for
 
 def _accuracy(rows: list[Row]) -> str:
     index = ("operation", "dtype", "order")
+    absent = _absent(row | {"operation": f"{row['operation']}, {row['dtype']}"} for row in rows)
     rows = [row for row in rows if row["order"]]
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     largest = _pivot(rows, index, "provider", "max_ulp_rms")
@@ -425,7 +426,8 @@ an ulp is as small as one likes; and eager float32 activations have no correct d
 ![Largest error at second order](results/accuracy.svg)
 
 {markdown(table, columns)}
-"""
+
+{absent}"""
 
 
 def _accuracy_penalty(rows: list[Row]) -> str:

@@ -46,6 +46,18 @@ def test_the_formula_is_correctly_rounded_and_pytorch_is_not():
     assert second["eager"] > 5
 
 
+def test_a_result_that_is_not_finite_is_red(monkeypatch):
+    make = accuracy.make_case
+    monkeypatch.setattr(
+        accuracy,
+        "make_case",
+        lambda *given: make(*given)._replace(ours=lambda x: torch.nn.functional.silu(x) * 1e308),
+    )
+    rows = list(accuracy.operation_rows(["silu"], 2**6))
+    ours = [row for row in rows if row["provider"] != "eager" and row["order"] == "forward"]
+    assert {row["error"] for row in ours} == {"not finite where float64 is"}
+
+
 def test_finite_differences_lose_what_double_backpropagation_keeps():
     model = accuracy.small_vit()
     accuracy.use_math_attention(model)

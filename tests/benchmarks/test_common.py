@@ -67,6 +67,11 @@ def test_a_peer_is_not_compared_and_a_new_row_neither():
     assert common.regressions(table(peer, new, same), earlier) == []
 
 
+def test_nan_is_a_regression():
+    (found,) = common.regressions(table(row("gelu", float("nan"))), [row("gelu", 0.2)])
+    assert "nan" in found
+
+
 def test_a_comparison_of_nothing_fails():
     (found,) = common.regressions(table(row("silu", 9.0)), [row("gelu", 0.2)])
     assert "none of the rows" in found
@@ -166,7 +171,14 @@ def test_markdown_shows_every_row_and_marks_what_is_absent():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0"), (12.345, "12.3"), (0.123, "0.12"), (1.2e-5, "1.2e-05"), (3022, "3,022")],
+    [
+        (float("nan"), "nan"),
+        (0.0, "0"),
+        (12.345, "12.3"),
+        (0.123, "0.12"),
+        (1.2e-5, "1.2e-05"),
+        (3022, "3,022"),
+    ],
 )
 def test_numbers(value, text):
     assert common.number(value) == text
