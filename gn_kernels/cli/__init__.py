@@ -1,4 +1,4 @@
-"""``gn-kernels train | evaluate | analyse | info``: one module for each command."""
+"""``gn-kernels train | evaluate | analyse | reproduce | info``: one module for each command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TypeAlias
 
 from gn_kernels.backend import info
-from gn_kernels.cli import analyse, evaluate, train
+from gn_kernels.cli import analyse, evaluate, reproduce, train
 from gn_kernels.training.recipe import InputError
 
 Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_to(commands)
     evaluate.add_to(commands)
     analyse.add_to(commands)
+    reproduce.add_to(commands)
     show = commands.add_parser("info", help="show which kernels run here, and why others do not")
     show.set_defaults(command=_info)
     return parser

@@ -1,0 +1,54 @@
+"""Figures of the report, as SVG that takes the colour of the page's text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+# Drawn in this colour, and then replaced by the page's own.
+_TEXT = "#010203"
+_DOT = "#2f81f7"  # 3.4 to 1 against white, 5 to 1 against the dark page
+
+
+class Figure(NamedTuple):
+    """A title, and the SVG to put below it."""
+
+    title: str
+    svg: str
+
+
+def dots(
+    title: str, panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[float]]]]], unit: str
+) -> Figure:
+    """A panel for each model, a row for each method, a dot for each seed, a bar for their mean."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    style: Any = {
+        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), _TEXT),
+        **dict.fromkeys(("xtick.color", "ytick.color"), _TEXT),
+        "svg.fonttype": "none",
+        "svg.hashsalt": "gn_kernels",
+        "font.size": 10,
+    }
+    with matplotlib.rc_context(style):
+        canvas = Canvas(figsize=(2.6 * len(panels) + 0.8, 2.6), layout="constrained")
+        axes = canvas.subplots(1, len(panels), squeeze=False, sharex=True)[0]
+        for axis, (name, rows) in zip(axes, panels, strict=True):
+            for position, (_, values) in enumerate(rows):
+                mean = sum(values) / len(values)
+                axis.barh(position, mean, height=0.55, color=_DOT, alpha=0.3)
+                axis.plot(values, [position] * len(values), "o", color=_DOT, markersize=4)
+            axis.set_yticks(range(len(rows)), [label for label, _ in rows])
+            axis.invert_yaxis()
+            axis.set_xlim(0, 100)
+            axis.set_title(name, fontsize=10)
+            axis.set_xlabel(unit)
+            axis.patch.set_alpha(0)
+            for side in ("top", "right"):
+                axis.spines[side].set_visible(False)
+        file = io.StringIO()
+        canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue().replace(_TEXT, "currentColor")
+    return Figure(title, svg[svg.index("<svg") :])
