@@ -177,6 +177,9 @@ def _nvidia_tools() -> Path:
     return Path(compiler.__file__).with_name("bin")
 
 
+_JUMPS = ("BRA", "CALL")
+
+
 def _sass(listing: str) -> Iterator[Instruction]:
     labels: tuple[str, ...] = ()
     for line in listing.splitlines():
@@ -185,13 +188,14 @@ def _sass(listing: str) -> Iterator[Instruction]:
         elif parts := re.match(r"\s+/\*\w+\*/\s+(@\S+ )?\s*([A-Z]\S*)(.*);", line):
             guard, name, operands = parts.groups()
             operation = name.split(".")[0]
-            target = re.search(r"`\((\S+)\)", operands) if operation == "BRA" else None
+            # nvcc leaves a loop by a call of its exit.
+            target = re.search(r"`\((\.L\S+)\)", operands) if operation in _JUMPS else None
             # A condition is a guard in front or an operand before the label.
             always = guard is None and (target is None or operands.lstrip().startswith("`"))
             yield Instruction(
                 labels,
                 target[1] if target else None,
-                falls_through=operation not in ("BRA", "EXIT", "RET") or not always,
+                falls_through=not always or not (target or operation in ("EXIT", "RET")),
                 ends=operation == "EXIT",
                 access=_sass_access(operation, name),
                 pipe=_pipe(operation, _SASS),

@@ -3,7 +3,8 @@
     python -m benchmarks.generated_code [--check | --write] [--all] [--family attention]
                                         [--target sm_90] [--dtype bfloat16] [--subject gelu]
 
-Needs no GPU: Triton brings the compilers of both vendors. A family lists calls of its own public
+Needs no GPU: Triton brings the compilers of both vendors; the activations in CUDA C++ are there
+where nvcc is. A family lists calls of its own public
 functions; every kernel that they launch is caught and compiled with the very arguments, options and
 specialisation of that launch, for each target.
 
@@ -24,7 +25,11 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -75,6 +80,16 @@ MACHINES = {
     "sm_100": Machine("B200", 148, 1.965e9, 8.0e12),
 }
 _AMD_PROCESSORS = 304  # of an MI300X
+
+CUDA = "activation in CUDA C++"
+_SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "activations.cu"
+# Names of the orders, and the tensors that they read and write.
+_CUDA_ORDERS = {
+    "Forward": ("forward", (1, 1)),
+    "Backward": ("backward", (2, 1)),
+    "DoubleBackward": ("double_backward", (3, 2)),
+    "Curvature": ("double_backward, of x alone", (3, 1)),
+}
 
 # The sizes of a ViT-B and of the third stage of a Swin-B, batch 64.
 _BATCH, _TOKENS, _WIDTH = 64, 197, 768
@@ -310,6 +325,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> tuple[Any, dict[str, An
 
 def measure(case: Case) -> list[Row]:
     """Compile the kernels of one case and read their assembly."""
+    if case.family == CUDA:
+        return list(_measure_cuda(case.target))
     target, family = TARGETS[case.target], FAMILIES[case.family]
     rows = []
     for launch in launches(case):
@@ -342,6 +359,49 @@ def measure(case: Case) -> list[Row]:
             )
         )
     return rows
+
+
+def _measure_cuda(target: str) -> Iterator[Row]:
+    # Every kernel of csrc/cuda/activations.cu; their names say what they are.
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+    release = re.search(r"release ([\d.]+)", version.stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "activations.cubin")
+        command = ["nvcc", "-cubin", f"-arch={target}", "-std=c++17", "-O3", "-o", file, _SOURCE]
+        subprocess.run(command, capture_output=True, check=True)
+        kernels = assembly.read_cubin(file.read_bytes())
+    for kernel in kernels:
+        order, kind, dtype = cuda_kernel(kernel.name)
+        reads, writes = _CUDA_ORDERS[order][1]
+        elements = _BATCH * _TOKENS * 4 * _WIDTH
+        size = getattr(torch, dtype).itemsize
+        yield {
+            "compiler": f"nvcc {release[1] if release else 'unknown'}",
+            "family": "activation",
+            "subject": kind,
+            "order": _CUDA_ORDERS[order][0],
+            "kernel": "activation",
+            "dtype": dtype,
+            "target": target,
+        } | figures(
+            kernel,
+            assembly.main_path(kernel.code),
+            trips=1,  # there are as many programs as blocks
+            threads=elements * size // (2 * 16),  # a thread takes two vectors
+            elements=elements,
+            moved=(reads + writes) * elements * size,
+            machine=MACHINES[target],
+        )
+
+
+def cuda_kernel(name: str) -> tuple[str, str, str]:
+    """Order, kind and dtype of a mangled name of csrc/cuda/activations.cu."""
+    of = re.search(r"\d+([A-Z][a-zA-Z]+)INS_\d+([A-Z][a-zA-Z]+?)ENS_\d", name)
+    element = re.search(r"bfloat16|float16|EE([fd])E", name)
+    if of is None or element is None:
+        raise ValueError(f"{name} is no kernel of an activation")
+    dtype = {"f": "float32", "d": "float64"}.get(element[1], element[0])
+    return of[1], re.sub(r"(?<!^)(?=[A-Z])", "_", of[2]).lower(), dtype
 
 
 def figures(
@@ -386,6 +446,8 @@ def cases(everything: bool = False) -> list[Case]:
         gate, others = family.subjects(dtype)
         for subject in [*gate, *(others if everything else ())]:
             found += [Case(name, subject, dtype, target) for target in TARGETS]
+    if shutil.which("nvcc"):
+        found += [Case(CUDA, "all", "all", target) for target in MACHINES]
     return found
 
 
@@ -466,6 +528,7 @@ def write(rows: Sequence[Row], file: Path) -> None:
 
 
 COLUMNS = {
+    "compiler": "compiler",
     "subject": "subject",
     "order": "order",
     "kernel": "kernel",
@@ -501,7 +564,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--family", choices=FAMILIES, action="append")
+    parser.add_argument("--family", choices=[*FAMILIES, CUDA], action="append")
     parser.add_argument("--target", choices=TARGETS, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--subject", action="append", help="gelu, 768, '32, bias', …")

@@ -975,6 +975,11 @@ class _Machine:
             if bits == 64 or signed:
                 raise UnsupportedError(one.text)
             return raw >> start & (1 << length) - 1, mask, ""
+        if operation == "bfi":
+            start, length = (self.bits(source, 32).astype(np.uint64) for source in sources[2:4])
+            ones = (np.uint64(1) << length) - np.uint64(1) << start
+            field, onto = (value.astype(np.uint64) for value in x[:2])
+            return field << start & ones | onto & ~ones, mask, ""
         if operation == "lop3":
             table = int(sources[3], 0)
             result = np.zeros_like(x[0])

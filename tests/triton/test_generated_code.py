@@ -65,8 +65,17 @@ def test_the_baseline_is_complete():
         for row in baseline()
         if row["compiler"].startswith("triton")
     }
-    assert found == {tuple(case) for case in generated_code.cases()}
+    cases = (case for case in generated_code.cases() if case.family != generated_code.CUDA)
+    assert found == {tuple(case) for case in cases}
     assert {family for family, *_ in found} == {"activation", "layer_norm", "attention"}
+
+
+def narrow_doubles(row: dict) -> bool:
+    # nvcc for sm_100 writes two accesses of 64 bits where the source has one of 128.
+    return row["compiler"].startswith("nvcc") and (row["dtype"], row["target"]) == (
+        "float64",
+        "sm_100",
+    )
 
 
 def test_kernels_keep_to_their_registers_and_use_the_widest_accesses():
@@ -74,9 +83,9 @@ def test_kernels_keep_to_their_registers_and_use_the_widest_accesses():
         if not any(some.items() <= row.items() for some in SPILLING):
             assert row["spills"] == "0", row
         loads, stores = (row[key].split("/") for key in ("load_bits", "store_bits"))
-        if row["target"] != "gfx942" or row["family"] != "attention":
-            assert loads[0] == "128", row
-        if row["family"] == "activation":
+        if not (row["target"] == "gfx942" and row["family"] == "attention"):
+            assert loads[0] == "128" or narrow_doubles(row), row
+        if row["family"] == "activation" and not narrow_doubles(row):
             assert loads == stores == ["128"], row
 
 
@@ -85,11 +94,22 @@ def test_activations_are_as_short_as_the_best_form_known():
     counts = {
         (row["subject"], row["order"]): float(row["instructions"])
         for row in baseline(family="activation", dtype="bfloat16", target="sm_90")
+        if row["compiler"].startswith("triton")
     }
     for kind in KINDS:
         for order, bound in zip(orders, INSTRUCTIONS[kind], strict=True):
             assert counts[kind, order] <= 1.1 * bound, (kind, order)
         assert counts[kind, "double_backward, of x alone"] <= counts[kind, orders[2]]
+
+
+def test_cuda_kernels_are_as_short_as_triton_s():
+    counts = {"triton": {}, "nvcc": {}}
+    for row in baseline(family="activation", dtype="bfloat16", target="sm_90"):
+        of = counts[row["compiler"].split()[0]]
+        of[row["subject"], row["order"]] = float(row["instructions"])
+    assert counts["nvcc"].keys() == counts["triton"].keys()
+    for kernel, count in counts["nvcc"].items():
+        assert count <= 1.1 * counts["triton"][kernel], kernel
 
 
 def test_attention_multiplies_on_tensor_cores():
@@ -216,18 +236,25 @@ def test_sass_is_read():
         /*0050*/                   LDGSTS.E.BYPASS.128 [R9], desc[UR4][R2.64] ;
 .L_x_1:
         /*0060*/                   STG.E.U16 desc[UR4][R2.64], R5 ;
-        /*0070*/                   EXIT ;
+        /*0070*/               @P0 CALL.REL.NOINC `(.L_x_2) ;
+        /*0080*/                   CALL.REL.NOINC `($__internal_0_$slowpath) ;
+        /*0090*/                   BRA `(.L_x_1) ;
+.L_x_2:
+        /*00a0*/                   EXIT ;
 """
     code = list(assembly._sass(listing))
     assert [one.pipe for one in code] == [
-        *("memory", "memory", "mufu", "tensor", "control", "memory", "memory", "control")
+        *("memory", "memory", "mufu", "tensor", "control", "memory", "memory"),
+        *("control",) * 4,
     ]
     assert [one.access for one in code if one.access] == [
         *(("load", 128), ("load", 128), ("store", 16))
     ]
     assert code[4].target == ".L_x_1"
     assert code[4].falls_through
-    assert code[7].ends
+    assert [one.target for one in code[7:]] == [".L_x_2", None, ".L_x_1", None]
+    assert [one.falls_through for one in code[7:]] == [True, True, False, False]
+    assert [one.ends for one in code[7:]] == [False, False, False, True]
 
 
 def test_unknown_options_are_refused():
