@@ -19,9 +19,12 @@ class Figure(NamedTuple):
 
 
 def dots(
-    title: str, panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[float]]]]], unit: str
+    title: str,
+    panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[float]]]]],
+    unit: str,
+    most: float | None,
 ) -> Figure:
-    """A panel for each model, a row for each method, a dot for each seed, a bar for their mean."""
+    """Panels of named rows, a dot for each value, a bar for their mean, from 0 to ``most``."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
@@ -33,7 +36,8 @@ def dots(
         "font.size": 10,
     }
     with matplotlib.rc_context(style):
-        canvas = Canvas(figsize=(2.6 * len(panels) + 0.8, 2.6), layout="constrained")
+        height = 0.3 * max(len(rows) for _, rows in panels) + 1.1
+        canvas = Canvas(figsize=(2.8 * len(panels), height), layout="constrained")
         axes = canvas.subplots(1, len(panels), squeeze=False, sharex=True)[0]
         for axis, (name, rows) in zip(axes, panels, strict=True):
             for position, (_, values) in enumerate(rows):
@@ -41,8 +45,8 @@ def dots(
                 axis.barh(position, mean, height=0.55, color=_DOT, alpha=0.3)
                 axis.plot(values, [position] * len(values), "o", color=_DOT, markersize=4)
             axis.set_yticks(range(len(rows)), [label for label, _ in rows])
-            axis.invert_yaxis()
-            axis.set_xlim(0, 100)
+            axis.set_ylim(max(len(rows) for _, rows in panels) - 0.5, -0.5)
+            axis.set_xlim(0, most)
             axis.set_title(name, fontsize=10)
             axis.set_xlabel(unit)
             axis.patch.set_alpha(0)

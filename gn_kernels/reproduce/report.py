@@ -22,7 +22,7 @@ PAPER_EDGE = 35.02 / 56.12
 _TITLES = {"fashion-mnist": "Fashion-MNIST", "patches": "Colour patches", "vit": "ViT"}
 _TITLES |= {"resnet": "ResNet", "relu": "ReLU", "gelu": "GELU", "silu": "SiLU"}
 _TITLES |= {"natural": "natural", "fgsm": "FGSM", "pgd-3": "PGD-3", "gradnorm": "gradnorm"}
-_TITLES |= {"edge": "edge", REFERENCE: "PGD-3, the reference's way"}
+_TITLES |= {"edge": "edge", REFERENCE: "PGD-3, reference"}
 
 Result = dict[str, Any]
 # (data set, model, activation, method)
@@ -31,10 +31,11 @@ Row = tuple[str, ...]
 
 
 class Table(NamedTuple):
-    """Cells of text; the first column is left-aligned, the others to the right."""
+    """Cells of text; the first column is left-aligned, the others, if they are numbers, right."""
 
     header: Row
     rows: list[Row]
+    numbers: bool = True
 
 
 class Section(NamedTuple):
@@ -177,7 +178,9 @@ def _sections(results: dict[str, Result], planned: Sequence[str], command: str) 
     header = ("claim", "where", "paper", "measured", "verdict")
     return [
         Section("The paper's claims, measured anew", _preface(results, planned, command)),
-        Section("Claims", [_VERDICTS, Table(header, claims), *_unreproduced(claims)]),
+        Section(
+            "Claims", [_VERDICTS, Table(header, claims, numbers=False), *_unreproduced(claims)]
+        ),
         *_accuracy(runs),
         *_cost(costs),
         *_smoothness(runs),
@@ -196,7 +199,7 @@ def _preface(
     parts: list[str | Table | figures.Figure] = [
         "Gradient-norm training of Rodríguez-Muñoz, Wang and Torralba (ECCV 2024, "
         "https://arxiv.org/abs/2409.20139), on small models and small images. The paper's figures "
-        "are of ImageNet and of models a thousand times as large: what can be compared are ratios "
+        "are of ImageNet and of models hundreds of times as large: what can be compared are ratios "
         "and directions.",
         f"Made by `{command}` from {len(results)} of {len(planned)} results"
         + (f"; **{missing} are missing**, and the figures are without them." if missing else "."),
@@ -441,6 +444,7 @@ def _accuracy(runs: _Runs) -> list[Section]:
                 f"{_TITLES[dataset]}: accuracy under APGD-CE and APGD-T, a dot for each seed",
                 panels,
                 "accuracy in %",
+                100,
             )
             eps = one["pgd"]["eps_255"]
             heading = f"{_TITLES[dataset]}, ε = {eps:g}/255"
@@ -475,11 +479,23 @@ def _cost(costs: dict[str, Result]) -> list[Section]:
             f"A step of {cost['batch_size']} images of Fashion-MNIST on one thread, median "
             f"(least to most) of {cost['rounds']}, the steps in turns in one process with nothing "
             "else of this command running (measured); FLOP and bytes beyond weights and batch "
-            "(counted). PGD-3 takes input gradients only; the reference's way makes parameter "
-            "gradients as well, and one more forward pass."
+            "(counted). PGD-3 takes input gradients only; the reference, the paper's code, makes "
+            "parameter gradients as well, and one more forward pass."
         )
         heading = f"Cost, {_title(cost['plan']['settings']['model'])}"
-        sections.append(Section(heading, [text, Table(header, rows)]))
+        bars = [
+            (
+                kernels,
+                [
+                    (_TITLES[r["method"]], [r["median_ms"]])
+                    for r in cost["steps"]
+                    if r["kernels"] == kernels
+                ],
+            )
+            for kernels in KERNELS.values()
+        ]
+        figure = figures.dots("Time of a step", bars, "ms", None)
+        sections.append(Section(heading, [text, Table(header, rows), figure]))
     return sections
 
 
@@ -595,7 +611,7 @@ def _markdown(sections: Sequence[Section]) -> str:
         lines += [f"{'#' if level == 0 else '##'} {section.heading}", ""]
         for part in section.parts:
             if isinstance(part, Table):
-                rule = ["---"] + ["---:"] * (len(part.header) - 1)
+                rule = ["---"] + ["---:" if part.numbers else "---"] * (len(part.header) - 1)
                 lines += [f"| {' | '.join(row)} |" for row in (part.header, rule, *part.rows)]
                 lines.append("")
             elif isinstance(part, str):
@@ -612,8 +628,8 @@ body { background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sa
   max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 div.table { overflow-x: auto }
 table { border-collapse: collapse; font-size: 0.9rem; margin: 1rem 0 }
-th, td { border: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: right }
-th:first-child, td:first-child { text-align: left }
+th, td { border: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left }
+table.numbers :is(th, td):not(:first-child) { text-align: right }
 th { background: var(--soft) }
 code { background: var(--soft); padding: 0 0.2rem }
 svg { max-width: 100%; height: auto; display: block }
@@ -659,7 +675,8 @@ def _html_table(table: Table) -> str:
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
         for row in table.rows
     )
+    kind = "numbers" if table.numbers else "text"
     return (
-        f'<div class="table"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>'
-        "</div>"
+        f'<div class="table"><table class="{kind}"><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{rows}</tbody></table></div>"
     )

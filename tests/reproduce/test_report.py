@@ -163,10 +163,10 @@ def test_a_run_whose_robust_images_have_larger_gradients_counts_against_e(result
 def test_the_page_has_the_tables_and_figures_that_take_the_page_s_colours(results, tmp_path):
     markdown, page = _written(tmp_path, results)
     text = page.read_text()
-    tables = markdown.read_text().count("| --- |")
-    assert text.count("<table>") == tables >= 6
+    tables = sum(line.startswith("| --- ") for line in markdown.read_text().splitlines())
+    assert text.count("<table class=") == tables >= 6
     pieces = text.split("<svg")[1:]
-    assert len(pieces) == 2
+    assert len(pieces) == 3
     for piece in pieces:
         picture = "<svg" + piece.split("</svg>")[0] + "</svg>"
         ElementTree.fromstring(picture)
