@@ -293,7 +293,8 @@ def finish(tables: Iterable[Table], arguments: argparse.Namespace) -> int:
 
 
 def _key(table: Table, row: Row) -> tuple[str, ...]:
-    return tuple(str(row.get(column, "")) for column in table.key)
+    # A number read from a file is a float: 64 and 64.0 name the same row.
+    return tuple(str(_number(str(row.get(column, "")))) for column in table.key)
 
 
 def merged(table: Table, folder: Path) -> list[Row]:

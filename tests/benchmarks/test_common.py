@@ -111,6 +111,16 @@ def test_a_folder_without_the_table_fails_and_the_run_is_kept(tmp_path, capsys):
     assert len(common.read("operations", tmp_path)) == 1
 
 
+def test_a_row_that_a_number_names_is_found_again(tmp_path):
+    def counted(relative):
+        return table(row("gelu", relative) | {"batch": 64})._replace(key=("operation", "batch"))
+
+    common.finish([counted(0.2)], arguments(tmp_path))
+    assert common.finish([counted(0.2)], arguments(tmp_path, tmp_path)) == 0
+    assert common.finish([counted(0.4)], arguments(tmp_path, tmp_path)) == 1
+    assert len(common.read("operations", tmp_path)) == 1
+
+
 def test_another_machine_is_named(tmp_path, capsys):
     here, there = row("gelu", 0.2) | {"cpu": "one"}, row("gelu", 0.2) | {"cpu": "another"}
     common.finish([table(here)], arguments(tmp_path))
