@@ -152,7 +152,7 @@ def _train_here(options: dict[str, Any]) -> int:
             f"{sum(p.numel() for p in training.model.parameters()):,} parameters, "
             f"{workers}, kernels: {backend}"
         )
-    with _progress(training) if first else contextlib.nullcontext(lambda _: None) as observer:
+    with _observer(training, folder) if first else contextlib.nullcontext(_ignore) as observer:
         try:
             training.run(path, observer, save_every_steps)
         except loop.Interrupted as interruption:
@@ -260,6 +260,26 @@ def _rows(
         ),
         *again,
     ]
+
+
+def _ignore(progress: Progress) -> None:
+    """What the processes but the first observe with."""
+
+
+@contextlib.contextmanager
+def _observer(training: Training, folder: Path) -> Iterator[Callable[[Progress], None]]:
+    from gn_kernels.training.events import events
+
+    with contextlib.ExitStack() as stack:
+        observers = [stack.enter_context(_progress(training))]
+        if training.settings.tensorboard:
+            observers.append(stack.enter_context(events(folder)))
+
+        def observe(progress: Progress) -> None:
+            for observer in observers:
+                observer(progress)
+
+        yield observe
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from gn_kernels import backend
 from gn_kernels.saving import recompute
 from gn_kernels.swap import swap
 from gn_kernels.training import average, checkpoint, distribution
+from gn_kernels.training.augment import Reader, mixer
 from gn_kernels.training.data import Dataset
 from gn_kernels.training.model import build, prepare, swap_activations, use_math_attention
 from gn_kernels.training.recipe import METHODS, InputError, Losses, Settings, learning_rate
@@ -116,6 +117,10 @@ class Training:
         self.average = average.start(self.model) if settings.ema_decay > 0 else {}
         self.steps_per_epoch = len(data.train) // settings.batch_size
         self.total_steps = settings.epochs * self.steps_per_epoch
+        share = distribution.share(settings.batch_size // settings.accumulate_steps)
+        plan = functools.partial(_plan, settings, len(data.train), share)
+        self._read = Reader(data, settings, plan, self.total_steps * settings.accumulate_steps)
+        self._mix = mixer(settings, len(data.classes))
         self.step = 0
         self.record = torch.zeros(self.total_steps, 3, dtype=torch.float64)
 
@@ -160,7 +165,7 @@ class Training:
         epoch = self.step / self.steps_per_epoch
         start = time.perf_counter()
         seed_generators(self.settings, self.step)
-        parts = [self._part(self.step, part) for part in range(self.settings.accumulate_steps)]
+        parts = self._parts(self.step)
         try:
             losses = update(
                 self._wrapped, self.optimizer, parts, epoch, self.settings, self._scaler
@@ -190,18 +195,17 @@ class Training:
             penalty,
         )
 
-    def _part(self, step: int, part: int) -> tuple[Tensor, Tensor]:
-        """This process's share of a part of a step's images."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+    def _parts(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """This process's share of a step's images and targets, in the parts to accumulate."""
         settings = self.settings
-        size = settings.batch_size // settings.accumulate_steps
-        start = position * settings.batch_size + part * size
-        order = _order(len(self.data.train), settings.seed, epoch)[start : start + size]
-        images, labels = self.data.train.batch(order[distribution.share(size)])
-        images = images.to(settings.device)
-        if settings.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, labels.to(settings.device)
+        parts = []
+        for part in range(settings.accumulate_steps):
+            images, labels = self._read(step * settings.accumulate_steps + part)
+            images, labels = images.to(settings.device), labels.to(settings.device)
+            if settings.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            parts.append(self._mix(images, labels))
+        return parts
 
     def state(self) -> dict[str, Any]:
         """The whole run, as :func:`gn_kernels.training.checkpoint.save` takes it."""
@@ -499,10 +503,7 @@ def compare_steps(training: Training, steps: int = 40, warmup_steps: int = 5) ->
         first = []
         for step in range(len(times)):
             seed_generators(settings, step)
-            batch = [
-                training._part(step % training.total_steps, part)
-                for part in range(settings.accumulate_steps)
-            ]
+            batch = training._parts(step % training.total_steps)
             for turn in range(len(variants)):
                 # Each is the first in turn: the first one finds the caches cold.
                 which = (step + turn) % len(variants)
@@ -540,13 +541,15 @@ def backend_in_use(device: str) -> str:
     return backend.select(device, torch.float32, backend.requested())
 
 
-def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
     return torch.optim.AdamW(groups, lr=settings.lr)
 
 
@@ -580,6 +583,20 @@ def seed_generators(settings: Settings, step: int) -> None:
     torch.default_generator.manual_seed(seed)
     if settings.device == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+def _plan(
+    settings: Settings, images: int, share: slice | Tensor, number: int
+) -> tuple[Tensor, int]:
+    """The images of a part of a step, and their epoch; parts are numbered through all steps.
+
+    A process of several takes its ``share`` of each part.
+    """
+    size = settings.batch_size // settings.accumulate_steps
+    steps_per_epoch = images // settings.batch_size
+    epoch, position = divmod(number, steps_per_epoch * settings.accumulate_steps)
+    order = _order(images, settings.seed, epoch)
+    return order[position * size : (position + 1) * size][share], epoch
 
 
 @functools.lru_cache(maxsize=2)

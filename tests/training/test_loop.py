@@ -58,8 +58,8 @@ def test_an_epoch_takes_each_image_at_most_once_in_a_new_order(training):
     epochs = [
         [tuple(image.flatten().tolist()) for step in range(per_epoch) for image in batch(step)]
         for batch in (
-            lambda step: training._part(step, 0)[0],
-            lambda step: training._part(per_epoch + step, 0)[0],
+            lambda step: training._parts(step)[0][0],
+            lambda step: training._parts(per_epoch + step)[0][0],
         )
     ]
     assert epochs[0] != epochs[1]
