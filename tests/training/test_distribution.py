@@ -1,17 +1,26 @@
 """Two processes on gloo: the same weights as one, checkpoints across, and what goes wrong."""
 
+import copy
+import dataclasses
 import json
+import math
+import os
+import pickle
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from gn_kernels.training import Settings, Training, checkpoint, load
-from gn_kernels.training.loop import Interrupted
+from gn_kernels.training import InputError, Settings, Training, checkpoint, distribution, load
+from gn_kernels.training.loop import Interrupted, load_weights, settings_of
 from tests.training.conftest import TINY, environment
 
 # 21 steps of two blocks. SGD: AdamW divides by the root of a gradient's square, and makes a step of
@@ -124,6 +133,7 @@ def _distance(weights, expected, start):
     return float((difference / way).sqrt())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_learn_what_one_learns(ended, method, engine):
@@ -135,6 +145,7 @@ def test_two_processes_learn_what_one_learns(ended, method, engine):
     torch.testing.assert_close(two["record"][:, :2], one.record[:, :2], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_all_that_draws_is_the_same_in_two_processes(ended, engine):
     # AdamW, averaged weights, mixed and flipped images, random starts, accumulated parts.
@@ -145,6 +156,7 @@ def test_all_that_draws_is_the_same_in_two_processes(ended, engine):
     assert _distance(two["weights"], one.trained().state_dict(), start) < 2e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_signal_to_one_process_stops_both_and_they_continue_bit_for_bit(ended, engine):
     for rank in (0, 1):
@@ -155,6 +167,7 @@ def test_a_signal_to_one_process_stops_both_and_they_continue_bit_for_bit(ended,
         assert torch.equal(continued["weights"][name], weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_one_process_continues_what_two_began_and_the_reverse(ended, engine):
     one, start = _trained(RICH)
@@ -172,6 +185,7 @@ def test_one_process_continues_what_two_began_and_the_reverse(ended, engine):
         torch.testing.assert_close(record[10, :2], one.record[10, :2], rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_a_folder_of_two_processes_is_evaluated_by_one(ended):
     settings = Settings(**RICH)
     training = Training(settings, load(settings))
@@ -186,6 +200,7 @@ def test_a_folder_of_two_processes_is_evaluated_by_one(ended):
     assert any(not torch.equal(last[n], averaged[n]) for n in last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -213,6 +228,7 @@ def _pickled_code(folder):
     (folder / "run.json").write_text(json.dumps(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -259,7 +275,7 @@ def test_fewer_gpus_than_processes(monkeypatch):
 
 def test_several_processes_need_torchrun(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    with distribution.processes(), pytest.raises(InputError, match="needs processes: .*torchrun"):
+    with distribution.processes(), pytest.raises(InputError, match=r"needs processes: .*torchrun"):
         distribution.check(Settings(distributed="ddp"))
 
 
@@ -317,6 +333,7 @@ def _continued_for_a_step(folder):
     return step
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_with_a_sentence_and_a_checkpoint(tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     with log.open("w") as file:
@@ -332,6 +349,7 @@ def test_a_killed_process_ends_the_run_with_a_sentence_and_a_checkpoint(tmp_path
     assert _continued_for_a_step(folder) % 5 == 0
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_leaves_a_checkpoint_of_the_last_step(tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     with log.open("w") as file:
