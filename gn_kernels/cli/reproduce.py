@@ -35,8 +35,8 @@ def add_to(commands: Commands) -> None:
     reproduce.add_argument(
         "--quick",
         action="store_true",
-        help="one seed, a twelfth of the steps, few images: that everything works, no figures to "
-        "quote",
+        help="one seed, a twentieth of the steps, few images: shows that everything works, no "
+        "figures to quote",
     )
     reproduce.add_argument(
         "--only",
