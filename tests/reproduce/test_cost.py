@@ -25,3 +25,5 @@ def test_flop_ratios_and_memory(tmp_path):
     # PGD's passes come one after the other; a penalty keeps those of two.
     assert rows["pgd-3", "PyTorch"]["saved_bytes"] == natural["saved_bytes"]
     assert rows["gradnorm", "PyTorch"]["saved_bytes"] > 1.7 * natural["saved_bytes"]
+    # Our attention computes its scores again instead of keeping them.
+    assert rows["gradnorm", "gn_kernels"]["flop"] > rows["gradnorm", "PyTorch"]["flop"]

@@ -116,7 +116,9 @@ def test_a_run_measures_its_model_and_goes_on_after_an_interruption(run, tmp_pat
     for stage_name in ("pgd", "apgd-ce", "linearity"):
         with pytest.raises(StopError):
             execute(run, tmp_path / "broken", stop_at(stage_name))
-    broken = execute(run, tmp_path / "broken", lambda stage: None)
+    stages = []
+    broken = execute(run, tmp_path / "broken", lambda stage: stages.append(stage.name))
+    assert "training" not in stages
     assert broken["training"]["steps"] == 21
     for result in (whole, broken):
         for part in ("pgd", "autoattack"):
