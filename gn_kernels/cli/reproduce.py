@@ -97,8 +97,12 @@ def _reproduce(options: dict[str, Any]) -> int:
     for jobs, at_once in ((costs, 1), (trainings, options["jobs"])):
         jobs = [job for job in jobs if job in chosen]
         if jobs:
-            with _progress(len(jobs), folder) as (on_stage, on_end):
-                errors += run_all(jobs, folder, at_once, on_stage, on_end)
+            try:
+                with _progress(len(jobs)) as (on_stage, on_end):
+                    errors += run_all(jobs, folder, at_once, on_stage, on_end)
+            except KeyboardInterrupt as error:
+                error.args = (f"a signal; what is done is in {folder}, the same command goes on",)
+                raise
     command = "gn-kernels reproduce" + " --quick" * quick + " --validate" * options["validate"]
     for path in write_report(folder, [job.name for job in (*costs, *trainings)], command):
         print(f"Written: {path}")
@@ -126,7 +130,7 @@ def _chosen(jobs: Sequence[Job], only: str | None) -> list[Job]:
 
 
 @contextlib.contextmanager
-def _progress(total: int, folder: Path) -> Iterator[Any]:
+def _progress(total: int) -> Iterator[Any]:
     """A bar for all runs and one for each process in a terminal; else a line for each run."""
 
     def line(ended: Ended) -> str:
