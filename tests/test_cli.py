@@ -44,6 +44,7 @@ def test_train_writes_checkpoint_report_and_picture(run):
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoint.previous.pt",
         "checkpoint.pt",
+        "config.yaml",
         "gradients.png",
         "report.json",
     ]
@@ -202,3 +203,30 @@ def test_info_and_help_need_no_extra():
     assert ended.returncode == 0, ended.stderr
     assert "cpu tensors run on" in ended.stdout
     assert "--eps-255" in ended.stdout
+
+
+def test_a_configuration_lies_between_the_preset_and_the_command_line(tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text("epochs: 7\ndepth: 2\n")
+    command = ["train", "--config", str(config), "--depth", "1", "--dry-run", "--gpus", "2"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "epochs: 7\n" in out
+    assert "depth: 1\n" in out
+    assert "32 of 64" in out
+    assert "hours on 2 H100" in out
+    config.write_text("epoch: 3\n")
+    assert "did you mean epochs" in _sentence(capsys, "train", "--config", str(config))
+    error = _sentence(capsys, "train", "--preset", "gradnorm-swin")
+    assert "did you mean gradnorm-swin-" in error
+
+
+def test_a_runs_configuration_repeats_it(run, tmp_path, capsys):
+    saved = str(run / "config.yaml")
+    assert main(["train", "--config", saved, "--output", str(tmp_path / "again")]) == 0
+    again, before = (_report(folder) for folder in (tmp_path / "again", run))
+    assert again["settings"] == before["settings"]
+    losses = [
+        [epoch["cross_entropy"] for epoch in r["training"]["history"]] for r in (again, before)
+    ]
+    assert losses[0] == losses[1]

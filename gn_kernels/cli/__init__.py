@@ -16,7 +16,7 @@ from gn_kernels.training.recipe import InputError
 Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 # What may be missing, and the extra that brings it.
 _OPTIONAL = {
-    **dict.fromkeys(("matplotlib", "rich", "sklearn", "timm", "torchvision"), "train"),
+    **dict.fromkeys(("matplotlib", "rich", "sklearn", "timm", "torchvision", "yaml"), "train"),
     "pyautoattack": "eval",
 }
 

@@ -23,7 +23,7 @@ from gn_kernels.cli.common import (
     show,
     write_json,
 )
-from gn_kernels.training.settings import DEFAULTS, GROUPS, InputError, Settings
+from gn_kernels.training.settings import GROUPS, InputError, Settings
 
 if TYPE_CHECKING:
     from gn_kernels.cli import Commands
@@ -36,7 +36,7 @@ _CAPTION = (
     "speed relative to PyTorch."
 )
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT", "tuple[float, ...]": "X,X,..."}
-_NEEDED = ("matplotlib", "rich", "sklearn", "timm", "torchvision")
+_NEEDED = ("matplotlib", "rich", "sklearn", "timm", "torchvision", "yaml")
 
 
 def add_to(commands: Commands) -> None:
@@ -50,6 +50,24 @@ def add_to(commands: Commands) -> None:
         "report.json and gradients.png.",
     )
     train.set_defaults(command=_train)
+    train.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="start from a recipe of the paper, as gradnorm-swin-b; a name that is none lists them",
+    )
+    train.add_argument(
+        "--config",
+        metavar="FILE",
+        help="settings in YAML, with the options' names; over the preset, under the command line",
+    )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the settings and what they take, from meta tensors, and stop",
+    )
+    train.add_argument(
+        "--gpus", type=positive, default=1, metavar="N", help="of the estimate of --dry-run (1)"
+    )
     train.add_argument("--output", metavar="DIR", help="where to write (runs/DATASET-METHOD-...)")
     group = train.add_mutually_exclusive_group()
     group.add_argument(
@@ -109,14 +127,19 @@ def _train_here(options: dict[str, Any]) -> int:
         Training,
         checkpoint,
         compare_steps,
+        configuration,
         data,
         distribution,
         loop,
     )
 
+    options = {**_layers(options), **options}
+    dry_run, gpus = options.pop("dry_run"), options.pop("gpus")
     output, resume = options.pop("output"), options.pop("resume")
     overwrite, save_every_steps = options.pop("overwrite"), options.pop("save_every_steps")
-    settings = Settings(**{**DEFAULTS[options.get("dataset", "digits")], **options})
+    settings = configuration.combined(options)
+    if dry_run:
+        return _dry_run(settings, gpus)
     folder = Path(output or f"runs/{_name(settings)}")
     path = folder / loop.CHECKPOINT
     state = None
@@ -140,6 +163,8 @@ def _train_here(options: dict[str, Any]) -> int:
     if not resume:
         checkpoint.discard(path)
     first = distribution.rank() == 0
+    if first:
+        configuration.write(folder / "config.yaml", settings)
 
     backend = loop.backend_in_use(settings.device) if settings.swap else "PyTorch"
     workers = f"{settings.threads} thread{'s' * (settings.threads > 1)}"
@@ -204,6 +229,45 @@ def _train_here(options: dict[str, Any]) -> int:
     )
     show(f"{settings.method}, {dataset.name}", _rows(evaluation, training, comparison), _CAPTION)
     print(f"Written: {path}, {report}, {picture}")
+    return 0
+
+
+def _layers(options: dict[str, Any]) -> dict[str, Any]:
+    """What the preset and the configuration file set."""
+    from gn_kernels.training import configuration
+
+    preset, config = options.pop("preset"), options.pop("config")
+    return {
+        **(configuration.preset(preset) if preset is not None else {}),
+        **(configuration.read(Path(config)) if config is not None else {}),
+    }
+
+
+def _dry_run(settings: Settings, gpus: int) -> int:
+    from gn_kernels.training.estimate import estimate
+
+    for name, value in dataclasses.asdict(settings).items():
+        print(f"{name}: {value}")
+    figures = estimate(settings, gpus)
+    show(
+        f"{settings.method}, {settings.model}",
+        [
+            ("training data", figures.data),
+            ("parameters", f"{figures.parameters:,}"),
+            ("steps", f"{figures.steps:,}"),
+            (
+                f"images in a pass of each of {gpus} processes",
+                f"{figures.images_per_part} of {settings.batch_size}",
+            ),
+            ("memory of a process at its peak", f"{figures.memory_gb:.1f} GB"),
+            ("FLOP of a step, all processes", f"{figures.teraflop_per_step:,.3g} TFLOP"),
+            *(
+                (f"hours on {gpus} {machine}", f"{hours:,.3g}")
+                for machine, hours in figures.hours.items()
+            ),
+        ],
+        figures.assumptions[0].upper() + figures.assumptions[1:] + ".",
+    )
     return 0
 
 

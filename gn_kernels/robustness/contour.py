@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -72,7 +73,8 @@ def contour_energy(images: Tensor, scale: float = 1.0) -> Tensor:
     x = images.detach()
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     smoothing, sobel = smoothing.to(x), torch.tensor(_SOBEL).to(x)
-    with torch.autocast(x.device.type, enabled=False):
+    # Meta tensors, with which costs are counted, know no autocast.
+    with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         x = _blurred(x, smoothing)
         dx, dy = _filtered(x, sobel), _filtered(x, sobel.T)
         energy = (dx.square() + dy.square()).sum(1, keepdim=True).sqrt()

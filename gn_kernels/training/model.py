@@ -83,7 +83,8 @@ def build(settings: Settings, data: Dataset) -> nn.Module:
     if settings.weights is not None:
         load_file(network, Path(settings.weights), len(data.classes))
     _check_samples_are_apart(model, settings)
-    return model.to(settings.device)
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    return model if on_meta else model.to(settings.device)
 
 
 def convert_activations(model: nn.Module, kind: str) -> dict[str, str]:
@@ -288,9 +289,9 @@ def _from_timm(settings: Settings, data: Dataset) -> nn.Module:
     cfg = timm.get_pretrained_cfg(settings.model)
     if cfg is not None and cfg.fixed_input_size:
         options.setdefault("img_size", settings.image_size)
+    pretrained = settings.pretrained and settings.weights is None
     return _made(
-        settings,
-        lambda: timm.create_model(settings.model, pretrained=settings.pretrained, **options),
+        settings, lambda: timm.create_model(settings.model, pretrained=pretrained, **options)
     )
 
 
@@ -309,7 +310,7 @@ def _from_transformers(settings: Settings, data: Dataset) -> nn.Module:
 
     def make() -> Any:
         with _quiet(transformers):
-            if settings.pretrained:
+            if settings.pretrained and settings.weights is None:
                 return AutoModelForImageClassification.from_pretrained(
                     name, ignore_mismatched_sizes=True, **options
                 )
