@@ -4,6 +4,7 @@ import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,3 +204,13 @@ def test_gradnorm_lowers_the_gradient_norm_and_both_methods_learn():
         accuracies[method] = (logits.argmax(1) == labels).double().mean().item()
     assert norms["gradnorm"] < 0.7 * norms["natural"]
     assert min(accuracies.values()) > 0.5  # chance is 0.1
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_places_and_resumed_equals_uninterrupted(tmp_path):
+    script = Path(__file__).with_name("killed.py")
+    command = [sys.executable, str(script), str(tmp_path), "0"]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, check=True, timeout=300
+    )
+    assert len(done.stdout.splitlines()) == 20
