@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gn_kernels.cli import Commands
 
 # RobustBench's names of how ImageNet's images are cut, as the settings say it.
-_PREPROCESSING: dict[str, dict[str, Any]] = {
+PREPROCESSING: dict[str, dict[str, Any]] = {
     "Res256Crop224": {"image_size": 224, "crop_ratio": 224 / 256, "interpolation": "bilinear"},
     "BicubicRes256Crop224": {
         "image_size": 224,
@@ -67,7 +67,7 @@ def add_to(commands: Commands) -> None:
     add_measuring_options(evaluate, images=None, batch_size=500)
     evaluate.add_argument(
         "--preprocessing",
-        choices=tuple(_PREPROCESSING),
+        choices=tuple(PREPROCESSING),
         help="cut a folder's images as RobustBench does ImageNet's",
     )
     evaluate.add_argument(
@@ -98,7 +98,7 @@ def _evaluate(options: dict[str, Any]) -> int:
     )
     batch_size, weights = options.pop("batch_size"), options.pop("weights")
     preprocessing = options.pop("preprocessing")
-    trained = load_trained(path, weights, **options, **_PREPROCESSING.get(preprocessing, {}))
+    trained = load_trained(path, weights, **options, **PREPROCESSING.get(preprocessing, {}))
     settings = trained.settings
     partial = None if target in (None, "-") else Path(f"{target}.partial")
     with stages(partial) as observer, reproducible(settings), sentences():

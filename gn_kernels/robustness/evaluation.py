@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -54,6 +55,7 @@ class Evaluation(NamedTuple):
         sweep: for each radius, from the smallest.
         correct: which images are classified rightly (:func:`unpack`).
         warnings: signs of masked gradients, a sentence each.
+        pyautoattack: version of the package, if one of the attacks is its.
         model, data: digests of the weights, and of the first and last image with their labels.
         seconds: of all attacks and passes, interruptions left out.
     """
@@ -72,6 +74,7 @@ class Evaluation(NamedTuple):
     sweep: tuple[Radius, ...]
     correct: str
     warnings: tuple[str, ...]
+    pyautoattack: str | None
     model: str
     data: str
     seconds: float
@@ -133,8 +136,10 @@ def evaluate(
             f"{batch_size}"
         )
     external = [name for name in names if name != "pgd"]
+    package = None
     if external:
         import_module("pyautoattack")  # what is missing is told before the work, not after it
+        package = version("pyautoattack")
     with _attacked(model):
         ends = images[torch.tensor([0, len(images) - 1])]
         identity: dict[str, Any] = {
@@ -149,6 +154,7 @@ def evaluate(
             "batch_size": batch_size,
             "gn_kernels": __version__,
             "torch": str(torch.__version__),
+            "pyautoattack": package,
         }
         run = _Run(model, images, identity, progress_file, observer)
         clean = run.clean()
@@ -175,6 +181,7 @@ def evaluate(
         sweep=tuple(sweep),
         correct=pack(correct),
         warnings=tuple(warnings),
+        pyautoattack=package,
         model=identity["model"],
         data=identity["data"],
         seconds=run.seconds(),

@@ -10,7 +10,7 @@ from torch import distributions
 
 from gn_kernels.counting import MACHINES, Counter, Machine
 from gn_kernels.training import data as datasets
-from gn_kernels.training.loop import _lay_out, set_mode
+from gn_kernels.training.loop import lay_out, set_mode
 from gn_kernels.training.model import build, prepare
 from gn_kernels.training.recipe import METHODS
 from gn_kernels.training.settings import InputError, Settings
@@ -71,7 +71,7 @@ def estimate(settings: Settings, gpus: int = 1) -> Estimate:
     with torch.device("meta"):
         model = build(bare, data)
     prepare(model, bare)
-    _lay_out(model, bare)
+    lay_out(model, bare)
     model.to(dtype)
     set_mode(model, bare)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -110,7 +110,7 @@ class Training:
                 dataclasses.replace(settings, device="cpu") if sharded else settings, data
             )
         self.swapped = prepare(self.model, settings)
-        _lay_out(self.model, settings)
+        lay_out(self.model, settings)
         self._wrapped = distribution.wrap(self.model, settings)
         self.optimizer = _optimizer(self.model, settings)
         self._scaler = _scaler(settings)
@@ -416,7 +416,7 @@ def set_mode(model: nn.Module, settings: Settings) -> None:
                 module.eval()
 
 
-def _lay_out(model: nn.Module, settings: Settings) -> None:
+def lay_out(model: nn.Module, settings: Settings) -> None:
     """Channels innermost, and blocks that are computed again in the backward passes, if asked."""
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -493,7 +493,7 @@ def compare_steps(training: Training, steps: int = 40, warmup_steps: int = 5) ->
             model = build(settings, training.data)
             model.load_state_dict(training.model.state_dict())
             change(model)
-            _lay_out(model, settings)
+            lay_out(model, settings)
             set_mode(model, settings)
             optimizer = _optimizer(model, settings)
             # Deep: AdamW would otherwise share the state's tensors with the run and write to them.

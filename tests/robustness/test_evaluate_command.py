@@ -1,6 +1,7 @@
 """``gn-kernels evaluate``: attacks, radii, continuing, and a sentence for each mistake."""
 
 import json
+import re
 
 import pytest
 
@@ -26,6 +27,7 @@ def test_a_sweep_over_attacks(checkpoints, tmp_path, capsys):
     assert figures["settings"]["method"] == "natural"
     assert figures["weights"] == "raw"
     assert len(found["model"]) == 16
+    assert re.fullmatch(r"\d+\.\d+\.\d+", found["pyautoattack"])
     captured = capsys.readouterr()
     assert "apgd-ce, eps 64/255" in captured.out
     assert "pgd, eps 8/255: " in captured.err
@@ -64,6 +66,7 @@ def test_averaged_and_raw_weights(checkpoints, tmp_path):
         )
     }
     assert found["default"]["weights"] == "ema"
+    assert found["default"]["evaluation"]["pyautoattack"] is None  # only our own PGD
     digests = {name: figures["evaluation"]["model"] for name, figures in found.items()}
     assert digests["default"] == digests["ema"] != digests["raw"]
 

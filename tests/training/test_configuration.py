@@ -42,10 +42,10 @@ def test_every_preset_makes_settings(name):
 
 def test_the_resnets_recipes_differ_in_their_activation_alone():
     for method in ("natural", "gradnorm", "adversarial"):
-        three = [configuration.preset(f"{method}-resnet50-{kind}") for kind in ("relu", "gelu")]
-        assert three[0].pop("activation") == "relu"
-        assert three[1].pop("activation") == "gelu"
-        assert three[0] == three[1]
+        kinds = ("relu", "gelu", "silu")
+        three = [configuration.preset(f"{method}-resnet50-{kind}") for kind in kinds]
+        assert tuple(one.pop("activation") for one in three) == kinds
+        assert three[0] == three[1] == three[2]
 
 
 def test_what_is_written_is_read_again(tmp_path):

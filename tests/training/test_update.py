@@ -238,7 +238,7 @@ def test_a_transformers_model_is_checkpointed_without_reentrance(settings):
         def gradient_checkpointing_enable(self, options):
             calls.append(options)
 
-    loop._lay_out(nn.Sequential(Model()), Settings(checkpoint_activations=True))
+    loop.lay_out(nn.Sequential(Model()), Settings(checkpoint_activations=True))
     assert calls == [{"use_reentrant": False}]
 
 
