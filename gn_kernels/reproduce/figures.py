@@ -1,4 +1,4 @@
-"""Figures of the report, as SVG that takes the colour of the page's text."""
+"""Figures of the report, as SVG that takes the colour of the page's text, or of the theme."""
 
 from __future__ import annotations
 
@@ -11,14 +11,28 @@ _TEXT = "#010203"
 _DOT = "#2f81f7"  # 3.4 to 1 against white, 5 to 1 against the dark page
 
 
-class Figure(NamedTuple):
-    """A title, and the SVG to put below it."""
+# For a file of its own, as a page in Markdown shows it.
+_THEME = (
+    "<style>svg { color: #1b1f24 } "
+    "@media (prefers-color-scheme: dark) { svg { color: #e6e9ec } }</style>"
+)
 
+
+class Figure(NamedTuple):
+    """A name for files, a title, and the SVG to put below it."""
+
+    name: str
     title: str
     svg: str
 
+    def alone(self) -> str:
+        """The SVG for a file of its own, which knows no page."""
+        start = self.svg.index(">", self.svg.index("<svg")) + 1
+        return f"{self.svg[:start]}\n {_THEME}{self.svg[start:]}"
+
 
 def dots(
+    name: str,
     title: str,
     panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[float]]]]],
     unit: str,
@@ -39,7 +53,7 @@ def dots(
         height = 0.3 * max(len(rows) for _, rows in panels) + 1.1
         canvas = Canvas(figsize=(2.8 * len(panels), height), layout="constrained")
         axes = canvas.subplots(1, len(panels), squeeze=False, sharex=True)[0]
-        for axis, (name, rows) in zip(axes, panels, strict=True):
+        for axis, (heading, rows) in zip(axes, panels, strict=True):
             for position, (_, values) in enumerate(rows):
                 mean = sum(values) / len(values)
                 axis.barh(position, mean, height=0.55, color=_DOT, alpha=0.3)
@@ -47,7 +61,7 @@ def dots(
             axis.set_yticks(range(len(rows)), [label for label, _ in rows])
             axis.set_ylim(max(len(rows) for _, rows in panels) - 0.5, -0.5)
             axis.set_xlim(0, most)
-            axis.set_title(name, fontsize=10)
+            axis.set_title(heading, fontsize=10)
             axis.set_xlabel(unit)
             axis.patch.set_alpha(0)
             for side in ("top", "right"):
@@ -55,4 +69,4 @@ def dots(
         file = io.StringIO()
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue().replace(_TEXT, "currentColor")
-    return Figure(title, svg[svg.index("<svg") :])
+    return Figure(name, title, svg[svg.index("<svg") :])

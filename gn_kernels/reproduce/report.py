@@ -46,7 +46,7 @@ class Section(NamedTuple):
 
 
 def write_report(folder: Path, planned: Sequence[str], command: str) -> tuple[Path, Path]:
-    """Write ``report.md`` and ``report.html`` from the results in a folder.
+    """Write ``report.md`` with ``figures/*.svg``, and ``report.html``, from a folder's results.
 
     Args:
         folder: of the reproduction.
@@ -62,6 +62,11 @@ def write_report(folder: Path, planned: Sequence[str], command: str) -> tuple[Pa
     results = _read(folder, planned)
     sections = _sections(results, planned, command)
     paths = folder / "report.md", folder / "report.html"
+    (folder / "figures").mkdir(exist_ok=True)
+    for section in sections:
+        for part in section.parts:
+            if isinstance(part, figures.Figure):
+                (folder / "figures" / f"{part.name}.svg").write_text(part.alone())
     paths[0].write_text(_markdown(sections))
     paths[1].write_text(_html(sections))
     return paths
@@ -441,6 +446,7 @@ def _accuracy(runs: _Runs) -> list[Section]:
                 "seeds",
             )
             figure = figures.dots(
+                dataset,
                 f"{_TITLES[dataset]}: accuracy under APGD-CE and APGD-T, a dot for each seed",
                 panels,
                 "accuracy in %",
@@ -494,7 +500,8 @@ def _cost(costs: dict[str, Result]) -> list[Section]:
             )
             for kernels in KERNELS.values()
         ]
-        figure = figures.dots("Time of a step", bars, "ms", None)
+        name = f"cost-{cost['plan']['settings']['model']}"
+        figure = figures.dots(name, "Time of a step", bars, "ms", None)
         sections.append(Section(heading, [text, Table(header, rows), figure]))
     return sections
 
@@ -616,6 +623,8 @@ def _markdown(sections: Sequence[Section]) -> str:
                 lines.append("")
             elif isinstance(part, str):
                 lines += [part, ""]
+            else:
+                lines += [f"![{part.title}](figures/{part.name}.svg)", ""]
     return "\n".join(lines)
 
 

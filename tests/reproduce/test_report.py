@@ -173,6 +173,12 @@ def test_the_page_has_the_tables_and_figures_that_take_the_page_s_colours(result
         assert "currentColor" in picture
         assert "#010203" not in picture
         assert "<text" in picture
+    files = sorted((tmp_path / "figures").iterdir())
+    assert [file.name for file in files] == ["cost-vit.svg", "fashion-mnist.svg", "patches.svg"]
+    for file in files:
+        assert f"](figures/{file.name})" in markdown.read_text()
+        style = next(ElementTree.parse(file).iter("{http://www.w3.org/2000/svg}style"))
+        assert "prefers-color-scheme: dark" in style.text
 
 
 def test_results_that_are_damaged_or_not_there(tmp_path):
