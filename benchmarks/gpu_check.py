@@ -489,7 +489,7 @@ def timings(context: Context) -> Iterator[Row]:
             "attention" if windows else name, shape, torch.bfloat16, context.device
         )
         cotangents = operations.make_cotangents(operation)
-        chosen = [operations.OURS, operations.EAGER, operations.COPY]
+        chosen = [operations.OURS, operations.KERNELS_ALONE, operations.EAGER, operations.COPY]
         chosen += [operations.INDUCTOR] if context.compile else []
         try:
             expected = operations.expected_results(operation, cotangents)

@@ -12,10 +12,10 @@ Orders, as a penalty on the input gradient runs them:
 * double backward: autograd.grad of that with respect to grad, x and the parameters;
 * cycle: the three in sequence.
 
-Providers: gn_kernels through its public functions; eager PyTorch; Inductor, which can't be
-differentiated twice and so gets each order as a function without autograd, once the formulas of
-gn_kernels and once what autograd makes of PyTorch's own operation; a copy that moves the bytes an
-order must move at least; and peers that have one derivative only.
+Providers: gn_kernels through its public functions, and its kernels without autograd; eager PyTorch;
+Inductor, which can't be differentiated twice and so gets each order as a function without autograd,
+once the formulas of gn_kernels and once what autograd makes of PyTorch's own operation; a copy that
+moves the bytes an order must move at least; and peers that have one derivative only.
 
 What a provider computes is checked against eager PyTorch in float64 first, in every order. One
 that is wrong in one order gets no time in any.
@@ -37,12 +37,16 @@ from benchmarks import common
 from benchmarks.common import Row, Table
 from gn_kernels.activation import ACTIVATIONS
 from gn_kernels.activation.formula import FORMULA as ACTIVATION_FORMULA
+from gn_kernels.activation.op import KERNELS as ACTIVATION_KERNELS
 from gn_kernels.attention.formula import FORMULA as ATTENTION_FORMULA
+from gn_kernels.attention.op import KERNELS as ATTENTION_KERNELS
 from gn_kernels.autograd import Orders
 from gn_kernels.layer_norm.formula import FORMULA as LAYER_NORM_FORMULA
+from gn_kernels.layer_norm.op import KERNELS as LAYER_NORM_KERNELS
 
 ORDERS = ("forward", "backward", "double backward", "cycle")
 OURS, EAGER, COPY = "gn_kernels", "eager", "copy"
+KERNELS_ALONE = "gn_kernels, no autograd"
 INDUCTOR, INDUCTOR_AUTOGRAD = "inductor, formula", "inductor, autograd"
 
 Run = Callable[[], tuple[Tensor | None, ...]]
@@ -127,6 +131,7 @@ class Operation(NamedTuple):
     first: tuple[int, ...]
     ours: Callable[..., Tensor]
     eager: Callable[..., Tensor]
+    kernels: Orders
     formula: Orders
     options: tuple[Any, ...]
     first_order: dict[str, Callable[..., Tensor] | str]
@@ -166,6 +171,7 @@ def _activation(kind: str, shape: Shape, random: Callable[..., Tensor]) -> Opera
         first=(0,),
         ours=partial(gn_kernels.activation, kind=kind),
         eager=PYTORCH_ACTIVATIONS.get(kind, ACTIVATIONS[kind].value),
+        kernels=ACTIVATION_KERNELS,
         formula=ACTIVATION_FORMULA,
         options=(kind,),
         first_order={"liger": "it has gated activations only"},
@@ -183,6 +189,7 @@ def _layer_norm(name: str, shape: Shape, random: Callable[..., Tensor]) -> Opera
         first=(0,),
         ours=lambda x, weight, bias: gn_kernels.layer_norm(x, row, weight, bias),
         eager=lambda x, weight, bias: F.layer_norm(x, row, weight, bias),
+        kernels=LAYER_NORM_KERNELS,
         formula=LAYER_NORM_FORMULA,
         options=(row, 1e-5),
         first_order={
@@ -246,6 +253,7 @@ def _attention(name: str, shape: Shape, random: Callable[..., Tensor]) -> Operat
         first=(0, 1, 2),
         ours=gn_kernels.attention,
         eager=eager,
+        kernels=ATTENTION_KERNELS,
         formula=ATTENTION_FORMULA,
         options=(scale,),
         first_order={
@@ -317,19 +325,29 @@ def _first_order(
     }
 
 
-def _compiled_formula(operation: Operation, cotangents: Cotangents) -> dict[str, Run]:
-    # Formulas take an absent input as None; attention's bias is one.
+class _Functions(NamedTuple):
+    """The three orders as functions of tensors, without autograd."""
+
+    forward: Callable[..., tuple[Tensor | None, ...]]
+    backward: Callable[..., tuple[Tensor | None, ...]]  # of grad, inputs
+    double: Callable[..., tuple[Tensor | None, ...]]  # of cotangents, grad, inputs
+
+
+def _functions(orders: Orders, operation: Operation) -> _Functions:
+    # An absent input is None; attention's bias is one.
     arity = {"activation": 1, "layer_norm": 3, "attention": 4}[operation.family]
     absent = (None,) * (arity - len(operation.inputs))
     wanted = tuple(i in operation.first for i in range(arity))
     wanted_then = (True, *(i < len(operation.inputs) for i in range(arity)))
-    formula, options = operation.formula, operation.options
+    options = operation.options
+    detached = (*(one.detach() for one in operation.inputs), *absent)
+    residuals = orders.forward(detached, options)[1:]
 
     def forward(*inputs: Tensor) -> tuple[Tensor | None, ...]:
-        return formula.forward((*inputs, *absent), options)
+        return orders.forward((*inputs, *absent), options)[:1]
 
     def backward(grad: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = formula.backward(wanted, grad, (*inputs, *absent), (), options)
+        gradients = orders.backward(wanted, grad, (*inputs, *absent), residuals, options)
         return tuple(gradients[i] for i in operation.first)
 
     def double(
@@ -337,10 +355,29 @@ def _compiled_formula(operation: Operation, cotangents: Cotangents) -> dict[str,
     ) -> tuple[Tensor | None, ...]:
         given = iter(second)
         each = tuple(next(given) if asked else None for asked in wanted)
-        results = formula.double_backward(wanted_then, each, grad, (*inputs, *absent), (), options)
+        results = orders.double_backward(
+            wanted_then, each, grad, (*inputs, *absent), residuals, options
+        )
         return results[: 1 + len(inputs)]
 
-    return _compiled(forward, backward, double, operation, cotangents)
+    return _Functions(forward, backward, double)
+
+
+def _runs(functions: _Functions, operation: Operation, cotangents: Cotangents) -> dict[str, Run]:
+    inputs = tuple(one.detach() for one in operation.inputs)
+    grad, second = cotangents.grad.detach(), cotangents.second
+    runs: dict[str, Run] = {
+        "forward": lambda: functions.forward(*inputs),
+        "backward": lambda: functions.backward(grad, *inputs),
+        "double backward": lambda: functions.double(second, grad, *inputs),
+    }
+
+    def cycle() -> tuple[Tensor | None, ...]:
+        # Both results live on, as under autograd.
+        kept = (runs["forward"](), runs["backward"]())
+        return runs["double backward"]() if kept else ()
+
+    return runs | {"cycle": cycle}
 
 
 def _compiled_autograd(operation: Operation, cotangents: Cotangents) -> dict[str, Run]:
@@ -356,41 +393,22 @@ def _compiled_autograd(operation: Operation, cotangents: Cotangents) -> dict[str
     def double(second: tuple[Tensor, ...], grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         return torch.func.vjp(backward, grad, *inputs)[1](second)
 
-    return _compiled(forward, backward, double, operation, cotangents)
+    return _compiled(_Functions(forward, backward, double), operation, cotangents)
 
 
 def _compiled(
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    double: Callable[..., Any],
-    operation: Operation,
-    cotangents: Cotangents,
+    functions: _Functions, operation: Operation, cotangents: Cotangents
 ) -> dict[str, Run]:
-    compiled = [
-        torch.compile(function, fullgraph=True, dynamic=False)
-        for function in (forward, backward, double)
-    ]
-    inputs = tuple(one.detach() for one in operation.inputs)
-    grad, second = cotangents.grad.detach(), cotangents.second
-    runs: dict[str, Run] = {
-        "forward": lambda: compiled[0](*inputs),
-        "backward": lambda: compiled[1](grad, *inputs),
-        "double backward": lambda: compiled[2](second, grad, *inputs),
-    }
-
-    def cycle() -> tuple[Tensor | None, ...]:
-        # Both results live on, as under autograd.
-        kept = (runs["forward"](), runs["backward"]())
-        return runs["double backward"]() if kept else ()
-
+    compiled = [torch.compile(one, fullgraph=True, dynamic=False) for one in functions]
+    runs = _runs(_Functions(*compiled), operation, cotangents)
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
-    for run in runs.values():
-        run()
+    for order in ORDERS[:3]:
+        runs[order]()
     # torch.compile has ways to run eagerly without a word, TORCHDYNAMO_DISABLE=1 for one.
-    if graphs["unique_graphs"] != before + len(runs):
+    if graphs["unique_graphs"] != before + len(compiled):
         raise RuntimeError("torch.compile did not compile each order to one graph")
-    return runs | {"cycle": cycle}
+    return runs
 
 
 def moved_bytes(operation: Operation, cotangents: Cotangents) -> dict[str, int]:
@@ -428,8 +446,13 @@ def make_providers(
     torch.compiler.reset()
     makers: dict[str, Callable[[], dict[str, Run]]] = {
         OURS: lambda: through_autograd(operation.ours, operation, cotangents),
+        KERNELS_ALONE: lambda: _runs(
+            _functions(operation.kernels, operation), operation, cotangents
+        ),
         EAGER: lambda: through_autograd(operation.eager, operation, cotangents),
-        INDUCTOR: lambda: _compiled_formula(operation, cotangents),
+        INDUCTOR: lambda: _compiled(
+            _functions(operation.formula, operation), operation, cotangents
+        ),
         INDUCTOR_AUTOGRAD: lambda: _compiled_autograd(operation, cotangents),
         COPY: lambda: _copies(operation, cotangents),
     }

@@ -16,6 +16,7 @@ from benchmarks import common, operations
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDERS = (
     operations.OURS,
+    operations.KERNELS_ALONE,
     operations.EAGER,
     operations.INDUCTOR,
     operations.INDUCTOR_AUTOGRAD,

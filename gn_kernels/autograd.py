@@ -250,6 +250,7 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 def register_raw_op(
     library: torch.library.Library,
     name: str,
+    check: Callable[..., None],
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
 ) -> Callable[..., Any]:
@@ -260,15 +261,25 @@ def register_raw_op(
     Args:
         library: where its schema is defined.
         name: of the op.
+        check: of its arguments, before ``kernel`` and ``fake``.
         kernel: chooses a backend and runs it.
         fake: the shapes of its results, for meta and fake tensors.
 
     Returns:
-        A function for the inside of an autograd Function. It calls the op where a dispatch mode or
-        a tensor subclass may watch, and its kernel at once where none does: the way through the
-        dispatcher and back to Python takes as long as the Function itself.
+        A function for the inside of an autograd Function, whose arguments are known to fit: the
+        function that users call has checked the inputs, and autograd checks the gradients. It
+        calls the op where a dispatch mode or a tensor subclass may watch, and its kernel at once
+        where none does: the way through the dispatcher and back to Python takes as long as the
+        Function itself, and the checks as long again.
     """
     overload = getattr(torch.ops.gn_kernels, name).default
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call_checked(*arguments: Any) -> Any:
+            check(*arguments)
+            return function(*arguments)
+
+        return call_checked
 
     def below_autograd(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -293,9 +304,9 @@ def register_raw_op(
             return RawKernel.apply(*arguments)
         return below_autograd(*arguments)
 
-    library.impl(name, kernel, "CompositeExplicitAutograd")
+    library.impl(name, checked(kernel), "CompositeExplicitAutograd")
     library.impl(name, autograd_rule, "Autograd")
-    torch.library.register_fake(f"gn_kernels::{name}", fake, lib=library)
+    torch.library.register_fake(f"gn_kernels::{name}", checked(fake), lib=library)
 
     def call(*arguments: Any) -> Any:
         watched = torch._C._len_torch_dispatch_stack() or any(

@@ -237,6 +237,31 @@ def test_double_backward_computes_what_is_asked_for(constant):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        gn_kernels.gelu,
+        lambda x: gn_kernels.layer_norm(x, (3,)),
+        lambda x: gn_kernels.attention(x, x, x),
+    ],
+)
+def test_gradients_that_do_not_fit_reach_no_kernel(function):
+    # Inside the Functions nothing is checked again: autograd must have done it, in both orders.
+    x, v = (torch.randn(1, 2, 3, requires_grad=True) for _ in range(2))
+    grad = torch.randn(1, 2, 3, requires_grad=True)
+    (first,) = torch.autograd.grad(function(x), x, grad, create_graph=True)
+    for output, source in ((function(x), x), (first, grad)):
+        for wrong in (v[..., :2], v.to("meta"), v.detach().to_sparse()):
+            with pytest.raises(RuntimeError):
+                torch.autograd.grad(output, source, wrong, retain_graph=True)
+        narrow, wide = (
+            torch.autograd.grad(output, source, gradient, retain_graph=True)[0]
+            for gradient in (v, v.double())
+        )
+        assert wide.dtype == torch.float32
+        torch.testing.assert_close(wide, narrow, rtol=0, atol=0)
+
+
 def test_raw_ops_refuse_to_be_differentiated():
     # Without a rule the gradient would stop at the op, with a warning at most.
     x = torch.randn(3, requires_grad=True)

@@ -112,8 +112,21 @@ class _Native:
     double_backward = _ops.activation_double_backward.native
 
 
-def _forward(x: Tensor, kind: str) -> Tensor:
+def _check_forward(x: Tensor, kind: str) -> None:
     check(kind, x)
+
+
+def _check_backward(grad: Tensor, x: Tensor, kind: str) -> None:
+    check(kind, x, grad=grad)
+
+
+def _check_double_backward(
+    v: Tensor, grad: Tensor, x: Tensor, kind: str, output_mask: Sequence[bool]
+) -> None:
+    check(kind, x, v=v, grad=grad)
+
+
+def _forward(x: Tensor, kind: str) -> Tensor:
     kernels = _kernels(x)
     (x,) = _with_layout_of(x)
     if kernels is None:
@@ -122,7 +135,6 @@ def _forward(x: Tensor, kind: str) -> Tensor:
 
 
 def _backward(grad: Tensor, x: Tensor, kind: str) -> Tensor:
-    check(kind, x, grad=grad)
     kernels = _kernels(x)
     x, grad = _with_layout_of(x, grad)
     if kernels is None:
@@ -133,7 +145,6 @@ def _backward(grad: Tensor, x: Tensor, kind: str) -> Tensor:
 def _double_backward(
     v: Tensor, grad: Tensor, x: Tensor, kind: str, output_mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    check(kind, x, v=v, grad=grad)
     kernels = _kernels(x)
     x, v, grad = _with_layout_of(x, v, grad)
     if kernels is None:
@@ -148,31 +159,34 @@ def _double_backward(
 
 
 def _fake_forward(x: Tensor, kind: str) -> Tensor:
-    check(kind, x)
     return torch.empty_like(x)
 
 
 def _fake_backward(grad: Tensor, x: Tensor, kind: str) -> Tensor:
-    check(kind, x, grad=grad)
     return torch.empty_like(x)
 
 
 def _fake_double_backward(
     v: Tensor, grad: Tensor, x: Tensor, kind: str, output_mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    check(kind, x, v=v, grad=grad)
     for_grad, for_x = (torch.empty_like(x) if asked else x.new_empty(0) for asked in output_mask)
     return for_grad, for_x
 
 
-_call_forward = register_raw_op(_library, "activation_forward", _forward, _fake_forward)
-_call_backward = register_raw_op(_library, "activation_backward", _backward, _fake_backward)
+_call_forward = register_raw_op(
+    _library, "activation_forward", _check_forward, _forward, _fake_forward
+)
+_call_backward = register_raw_op(
+    _library, "activation_backward", _check_backward, _backward, _fake_backward
+)
 _call_double_backward = register_raw_op(
-    _library, "activation_double_backward", _double_backward, _fake_double_backward
+    *(_library, "activation_double_backward", _check_double_backward),
+    *(_double_backward, _fake_double_backward),
 )
 
 
 def _forward_order(inputs: tuple[Tensor], options: tuple[str]) -> tuple[Tensor]:
+    check(*options, *inputs)  # users may call ActivationFunction.apply
     return (_call_forward(*inputs, *options),)
 
 
@@ -194,10 +208,12 @@ def _double_backward_order(
     return tuple(out if asked else None for out, asked in zip(outputs, wanted, strict=True))
 
 
+KERNELS = Orders(_forward_order, _backward_order, _double_backward_order)
+
 ActivationFunction, apply = differentiable(
     "ActivationFunction",
     arity=1,
-    kernels=Orders(_forward_order, _backward_order, _double_backward_order),
+    kernels=KERNELS,
     formula=formula.FORMULA,
     cheap=True,
 )

@@ -300,7 +300,6 @@ def _forward_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    _check_raw(q, k, v, bias)
     kernels, (out, lse) = _kernels(q), _forward_outputs(q)
     if kernels is None:
         out.copy_(formula.forward(q, k, v, bias, scale))
@@ -322,9 +321,6 @@ def _backward(
     output_mask: Sequence[bool],
     packed: bool = False,
 ) -> tuple[Tensor, ...]:
-    _check_raw(q, k, v, bias, grad=(grad, q), out=(out, q))
-    _check_lse(lse, q)
-    _check_packed(packed, q, k, output_mask)
     kernels, outputs = _kernels(q), _outputs((q, k, v), bias, output_mask, packed)
     targets = _targets(outputs, bias, output_mask, packed)
     if kernels is None:
@@ -352,9 +348,6 @@ def _double_backward(
     output_mask: Sequence[bool],
     packed: bool = False,
 ) -> tuple[Tensor, ...]:
-    _check_second(aq, ak, av, abias, grad, q, k, v, bias, out)
-    _check_lse(lse, q)
-    _check_packed(packed, q, k, output_mask[1:])
     kernels, outputs = _kernels(q), _outputs((grad, q, k, v), bias, output_mask, packed)
     targets = _targets(outputs, bias, output_mask, packed)
     if all(cotangent is None for cotangent in (aq, ak, av, abias)):
@@ -384,7 +377,28 @@ def _check_packed(packed: bool, q: Tensor, k: Tensor, of_inputs: Sequence[bool])
         )
 
 
-def _check_second(
+def _check_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> None:
+    _check_raw(q, k, v, bias)
+
+
+def _check_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    output_mask: Sequence[bool],
+    packed: bool = False,
+) -> None:
+    _check_raw(q, k, v, bias, grad=(grad, q), out=(out, q))
+    _check_lse(lse, q)
+    _check_packed(packed, q, k, output_mask)
+
+
+def _check_double_backward(
     aq: Tensor | None,
     ak: Tensor | None,
     av: Tensor | None,
@@ -395,6 +409,10 @@ def _check_second(
     v: Tensor,
     bias: Tensor | None,
     out: Tensor,
+    lse: Tensor,
+    scale: float,
+    output_mask: Sequence[bool],
+    packed: bool = False,
 ) -> None:
     if abias is not None and bias is None:
         raise RuntimeError("abias must be None, since bias is")
@@ -402,12 +420,13 @@ def _check_second(
     if bias is not None:
         given["abias"] = (abias, bias)
     _check_raw(q, k, v, bias, **given)
+    _check_lse(lse, q)
+    _check_packed(packed, q, k, output_mask[1:])
 
 
 def _fake_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    _check_raw(q, k, v, bias)
     return _forward_outputs(q)
 
 
@@ -423,9 +442,6 @@ def _fake_backward(
     output_mask: Sequence[bool],
     packed: bool = False,
 ) -> tuple[Tensor, ...]:
-    _check_raw(q, k, v, bias, grad=(grad, q), out=(out, q))
-    _check_lse(lse, q)
-    _check_packed(packed, q, k, output_mask)
     return _outputs((q, k, v), bias, output_mask, packed)
 
 
@@ -445,16 +461,18 @@ def _fake_double_backward(
     output_mask: Sequence[bool],
     packed: bool = False,
 ) -> tuple[Tensor, ...]:
-    _check_second(aq, ak, av, abias, grad, q, k, v, bias, out)
-    _check_lse(lse, q)
-    _check_packed(packed, q, k, output_mask[1:])
     return _outputs((grad, q, k, v), bias, output_mask, packed)
 
 
-_call_forward = register_raw_op(_library, "attention_forward", _forward, _fake_forward)
-_call_backward = register_raw_op(_library, "attention_backward", _backward, _fake_backward)
+_call_forward = register_raw_op(
+    _library, "attention_forward", _check_forward, _forward, _fake_forward
+)
+_call_backward = register_raw_op(
+    _library, "attention_backward", _check_backward, _backward, _fake_backward
+)
 _call_double_backward = register_raw_op(
-    _library, "attention_double_backward", _double_backward, _fake_double_backward
+    *(_library, "attention_double_backward", _check_double_backward),
+    *(_double_backward, _fake_double_backward),
 )
 
 
@@ -529,10 +547,12 @@ def _double_backward_order(
     return tuple(out if asked else None for out, asked in zip(outputs, wanted, strict=True))
 
 
+KERNELS = Orders(_forward_order, _backward_order, _double_backward_order)
+
 AttentionFunction, apply = differentiable(
     "AttentionFunction",
     arity=4,
-    kernels=Orders(_forward_order, _backward_order, _double_backward_order),
+    kernels=KERNELS,
     formula=formula.FORMULA,
     cheap=False,
 )

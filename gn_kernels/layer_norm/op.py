@@ -9,7 +9,7 @@
 
 v, u and t are the cotangents of the three results of the backward pass, each of which may be
 absent. With N numbers in x they move 2N, 3N and 5N numbers; weight, bias, their gradients and the
-statistics (float32, float64 for float64, shape (…, 1, …, 1)) are small beside that. The gradients
+statistics (float32, float64 for float64, of shape [rows]) are small beside that. The gradients
 of weight and bias are sums of partial sums, in an order that is fixed for a shape and a device.
 ``bias`` gives the backward pass the dtype of its gradient. An output that ``output_mask`` does not
 ask for comes back with size [0].
@@ -124,7 +124,32 @@ def _check_like(name: str, value: Tensor, x: Tensor) -> None:
             raise RuntimeError(f"{name} must be {what} of x, {accepted}, but got {given}")
 
 
+def _check_forward(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> None:
+    check(x, normalized_shape, weight, bias)
+
+
 def _check_backward(
+    grad: Tensor,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    output_mask: Sequence[bool],
+) -> None:
+    _check_saved(x, normalized_shape, weight, bias, mean, rstd, grad=grad)
+    _check_asked("weight", weight, output_mask[1])
+    _check_asked("bias", bias, output_mask[2])
+
+
+def _check_saved(
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None,
@@ -137,7 +162,7 @@ def _check_backward(
     for name, value in like_x.items():
         if value is not None:
             _check_like(name, value, x)
-    shape, dtype = _statistics_shape(x, normalized_shape), formula.compute_dtype(x.dtype)
+    shape, dtype = (_rows(x, normalized_shape),), formula.compute_dtype(x.dtype)
     for name, value in (("mean", mean), ("rstd", rstd)):
         if tuple(value.shape) != shape or value.dtype != dtype or value.device != x.device:
             raise RuntimeError(
@@ -151,9 +176,14 @@ def _check_asked(name: str, value: Tensor | None, asked: bool) -> None:
         raise RuntimeError(f"output_mask asks for the gradient of {name}, which is absent")
 
 
-def _statistics_shape(x: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
+def _rows(x: Tensor, normalized_shape: Sequence[int]) -> int:
+    return math.prod(x.shape[: x.ndim - len(normalized_shape)])
+
+
+def _as_factor(statistic: Tensor, x: Tensor, normalized_shape: Sequence[int]) -> Tensor:
+    # One number a row, as the formula multiplies x with it.
     inner = len(normalized_shape)
-    return (*x.shape[: x.ndim - inner], *(1,) * inner)
+    return statistic.reshape(*x.shape[: x.ndim - inner], *(1,) * inner)
 
 
 def _kernels(x: Tensor, row_length: int) -> Any:
@@ -187,17 +217,14 @@ def _forward(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(x, normalized_shape, weight, bias)
     shape, row_length = tuple(normalized_shape), math.prod(normalized_shape)
     kernels = _kernels(x, row_length)
     if kernels is None:
         mean, rstd = formula.statistics(x, shape, eps)
         y = formula.forward(x, shape, weight, bias, mean, rstd)
-        return y.contiguous(), mean.contiguous(), rstd.contiguous()
+        return y.contiguous(), mean.reshape(-1), rstd.reshape(-1)
     x, weight, bias = _contiguous(x, weight, bias)
-    y, mean, rstd = kernels.forward(x, row_length, weight, bias, eps)
-    of_rows = _statistics_shape(x, shape)
-    return y, mean.view(of_rows), rstd.view(of_rows)
+    return cast(tuple[Tensor, Tensor, Tensor], kernels.forward(x, row_length, weight, bias, eps))
 
 
 def _backward(
@@ -210,13 +237,11 @@ def _backward(
     rstd: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(x, normalized_shape, weight, bias, mean, rstd, grad=grad)
-    _check_asked("weight", weight, output_mask[1])
-    _check_asked("bias", bias, output_mask[2])
     shape, row_length = tuple(normalized_shape), math.prod(normalized_shape)
     kernels = _kernels(x, row_length)
     if kernels is None:
         wanted = (output_mask[0], output_mask[1], output_mask[2])
+        mean, rstd = (_as_factor(one, x, shape) for one in (mean, rstd))
         grads = formula.backward(grad, x, shape, weight, bias, mean, rstd, wanted)
         return _complete(grads, x)
     grad, x, weight, bias, mean, rstd = _contiguous(grad, x, weight, bias, mean, rstd)
@@ -238,11 +263,11 @@ def _double_backward(
     rstd: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_double_backward(v, u, t, grad, x, normalized_shape, weight, mean, rstd, output_mask)
     shape, row_length = tuple(normalized_shape), math.prod(normalized_shape)
     kernels = _kernels(x, row_length)
     if kernels is None:
         wanted = (output_mask[0], output_mask[1], output_mask[2])
+        mean, rstd = (_as_factor(one, x, shape) for one in (mean, rstd))
         grads = formula.double_backward((v, u, t), grad, x, shape, weight, mean, rstd, wanted)
         return _complete(grads, x)
     tensors = _contiguous(v, u, t, grad, x)
@@ -265,7 +290,7 @@ def _check_double_backward(
     rstd: Tensor,
     output_mask: Sequence[bool],
 ) -> None:
-    _check_backward(x, normalized_shape, weight, None, mean, rstd, grad=grad, v=v)
+    _check_saved(x, normalized_shape, weight, None, mean, rstd, grad=grad, v=v)
     for name, value in (("u", u), ("t", t)):
         if value is not None:
             _check_parameter(name, value, x, tuple(normalized_shape))
@@ -285,10 +310,9 @@ def _fake_forward(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(x, normalized_shape, weight, bias)
-    of_rows = _statistics_shape(x, normalized_shape)
+    rows = _rows(x, normalized_shape)
     wide = formula.compute_dtype(x.dtype)
-    y, mean, rstd = (_empty_like(x), *(x.new_empty(of_rows, dtype=wide) for _ in range(2)))
+    y, mean, rstd = (_empty_like(x), *(x.new_empty(rows, dtype=wide) for _ in range(2)))
     return y, mean, rstd
 
 
@@ -302,9 +326,6 @@ def _fake_backward(
     rstd: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(x, normalized_shape, weight, bias, mean, rstd, grad=grad)
-    _check_asked("weight", weight, output_mask[1])
-    _check_asked("bias", bias, output_mask[2])
     return _empty_where(output_mask, x, weight, bias)
 
 
@@ -320,7 +341,6 @@ def _fake_double_backward(
     rstd: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_double_backward(v, u, t, grad, x, normalized_shape, weight, mean, rstd, output_mask)
     return _empty_where(output_mask, grad, x, weight)
 
 
@@ -339,10 +359,15 @@ def _empty_like(value: Tensor) -> Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
-_call_forward = register_raw_op(_library, "layer_norm_forward", _forward, _fake_forward)
-_call_backward = register_raw_op(_library, "layer_norm_backward", _backward, _fake_backward)
+_call_forward = register_raw_op(
+    _library, "layer_norm_forward", _check_forward, _forward, _fake_forward
+)
+_call_backward = register_raw_op(
+    _library, "layer_norm_backward", _check_backward, _backward, _fake_backward
+)
 _call_double_backward = register_raw_op(
-    _library, "layer_norm_double_backward", _double_backward, _fake_double_backward
+    *(_library, "layer_norm_double_backward", _check_double_backward),
+    *(_double_backward, _fake_double_backward),
 )
 
 
@@ -384,10 +409,12 @@ def _double_backward_order(
     return *(out if ask else None for out, ask in zip(outputs, asked, strict=True)), None
 
 
+KERNELS = Orders(_forward_order, _backward_order, _double_backward_order)
+
 LayerNormFunction, apply = differentiable(
     "LayerNormFunction",
     arity=3,
-    kernels=Orders(_forward_order, _backward_order, _double_backward_order),
+    kernels=KERNELS,
     formula=formula.FORMULA,
     cheap=True,
 )

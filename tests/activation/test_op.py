@@ -181,6 +181,11 @@ def test_pytorch_samples_pass_gradcheck_and_gradgradcheck(name, backend):
         ),
         (lambda x: ops.activation_forward(x.int(), "gelu"), NotImplementedError, "x must be"),
         (lambda x: ops.activation_forward(x, "mish"), ValueError, "kind must be one of"),
+        (
+            lambda x: gn_kernels.ActivationFunction.apply(x, "mish"),
+            ValueError,
+            "kind must be one of",
+        ),
     ],
 )
 def test_bad_input(call, error, match):

@@ -47,10 +47,15 @@ def test_three_orders(length, size, bias_shape, backend):
     with gn_kernels.use_backend(backend):
         actual = three_orders(packed_attention, [one.to(dtype) for one in inputs], scale=0.3)
         separate = three_orders(gn_kernels.attention, [one.to(dtype) for one in inputs], scale=0.3)
+    bound = 30 * torch.finfo(dtype).eps
     for name, error in errors(actual, expected).items():
         if length > 1:  # else P = 1, and all but V's derivatives are roundings
-            assert error < 30 * torch.finfo(dtype).eps, name
-        assert torch.equal(actual[name], separate[name]), name
+            assert error < bound, name
+        if backend != "reference":
+            assert torch.equal(actual[name], separate[name]), name
+    # The formula's products are those of a BLAS, whose order of sums may follow the strides.
+    if length > 1:
+        assert max(errors(actual, separate).values()) < bound
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)))

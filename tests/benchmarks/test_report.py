@@ -41,6 +41,19 @@ def test_the_page_marks_names_and_confesses(results):
     assert page == report.render(results)
 
 
+@pytest.mark.parametrize(("alone_ms", "words"), [(1.05, "kernel itself"), (1.9, "No reason")])
+def test_the_reason_is_measured_too(results, alone_ms, words):
+    rows = common.read("operations", results)
+    for row in [row for row in rows if row["provider"] == "gn_kernels"]:
+        row["dimensions"] = "8×384"
+        times = {"median_ms": alone_ms, "p20_ms": 0.9 * alone_ms, "p80_ms": 1.1 * alone_ms}
+        rows.append(row | {"provider": "gn_kernels, no autograd"} | times)
+    common.write("operations", [row | {"dimensions": "8×384"} for row in rows], results)
+    page = report.render(results)
+    assert words in page.split("and why:")[1].split("Without a figure")[0]
+    assert "gn_kernels, no autograd takes" not in page
+
+
 def test_figures_are_drawn_and_stay_the_same(results):
     report.draw(results)
     first = (results / "operations.svg").read_bytes()

@@ -18,7 +18,7 @@ NARROW = "embed_dim=8,depths=(2,2,18,2),num_heads=(1,2,4,8)"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Six images of each of two classes, of many sizes and shapes, to train on, and three to test."""
+    """Six images of each of two classes, of many sizes, to train on, and three to test."""
     path = tmp_path_factory.mktemp("imagenet")
     generator = np.random.default_rng(0)
     for part, count in (("train", 6), ("val", 3)):
