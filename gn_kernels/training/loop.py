@@ -479,13 +479,23 @@ class StepComparison(NamedTuple):
         return plain.median_ms / self.timings[variant].median_ms
 
 
+# What a comparison of steps may take, more or less.
+_COMPARISON_S = 60
+
+
 def compare_steps(training: Training, steps: int = 40, warmup_steps: int = 5) -> StepComparison:
     """Time a step with gn_kernels swapped in and without, without touching the run.
 
     All variants start from copies of the run's weights and optimiser, take the same batches with
     the penalty at full strength, and take turns: what slows the machine down meets all of them.
+    Where the run's own steps were slow, fewer are timed, at least 3 after 1: about a minute in all.
     """
     settings = training.settings
+    if training.step:
+        turn_s = len(_VARIANTS) * training.timing().median_ms / 1e3
+        affordable = int(_COMPARISON_S / turn_s)
+        steps = min(steps, max(3, affordable))
+        warmup_steps = min(warmup_steps, max(1, affordable // 8))
     last = (training.total_steps - 1) / training.steps_per_epoch
     variants = []
     with reproducible(settings):
