@@ -53,11 +53,12 @@ GN_INLINE int start_of_vector(int thread, int vector, int threads, int lanes) {
 // its threads hold takes several turns, called chunks.
 constexpr int kMaxRowThreads = 512;  // at most: which leaves each 128 registers
 constexpr int kWarp = 32;
+constexpr int kRowsOfWarps = 4;  // that a block takes at a time where a warp suffices for a row
 
 struct RowTiling {
   int n;         // elements of a row; below 2^30
   int threads;   // that share a row: whole warps
-  int together;  // rows that a block of threads handles at a time: more than one if a warp suffices
+  int together;  // rows that a block of threads handles at a time
   int chunks;
   bool vectors;  // whether rows are read in vectors of `lanes` elements
 };
@@ -67,7 +68,7 @@ GN_INLINE RowTiling tiling_of(std::int64_t n, int elements, int lanes, bool is_a
   const std::int64_t warps = (n + elements * kWarp - 1) / (elements * kWarp);
   const int threads = warps * kWarp < most_threads ? int(warps) * kWarp : most_threads;
   const std::int64_t held = std::int64_t(threads) * elements;
-  return {int(n), threads, threads == kWarp ? 4 : 1, int((n + held - 1) / held),
+  return {int(n), threads, threads == kWarp ? kRowsOfWarps : 1, int((n + held - 1) / held),
           is_aligned && n % lanes == 0};
 }
 
@@ -87,6 +88,29 @@ GN_INLINE int column_of_element(const RowTiling& t, int chunk, int thread, int e
 
 GN_INLINE std::int64_t row_groups(const RowTiling& t, std::int64_t rows) {
   return rows / t.together + (rows % t.together != 0);
+}
+
+// The row that a thread with `place` along y begins with; the next one is rows_of_grid further.
+GN_INLINE std::int64_t first_row(const RowTiling& t, unsigned block, unsigned place) {
+  return std::int64_t(block) * t.together + place;
+}
+
+GN_INLINE std::int64_t rows_of_grid(const RowTiling& t, unsigned grid) {
+  return std::int64_t(grid) * t.together;
+}
+
+GN_INLINE std::int64_t start_of_row(const RowTiling& t, std::int64_t row) { return row * t.n; }
+
+// Where a row of (batch, heads, n) is in (period, heads, n); there are fewer than 2^32 rows.
+struct ScoreRow {
+  std::uint32_t element, head, query;
+};
+
+GN_INLINE ScoreRow score_row(std::int64_t row, std::int64_t n, std::int64_t heads,
+                             std::int64_t period) {
+  const auto at = std::uint32_t(row), count = std::uint32_t(heads);
+  const std::uint32_t head = at / std::uint32_t(n);
+  return {head / count % std::uint32_t(period), head % count, at % std::uint32_t(n)};
 }
 
 }  // namespace gn_kernels::cuda

@@ -1,9 +1,10 @@
 // Layer normalisation: a kernel for each order and dtype, over rows of any length.
 //
 // The formulas are those of layer_norm.h. Of a row that its threads can hold at a time everything
-// is read once. Where gradients of parameters are asked for, a fixed number of rows of threads
-// walks over the rows of x, each leaves its own sum, and column_sums adds those up: no atomics, and
-// the same bits every time.
+// is read once; if they read it in vectors too, kernels of its own spare it the code of other rows,
+// a third of the instructions. Where gradients of parameters are asked for, a fixed number of rows
+// of threads walks over the rows of x, each leaves its own sum, and column_sums adds those up: no
+// atomics, and the same bits every time.
 #include "../layer_norm.h"
 
 #include "rows.cuh"
@@ -17,20 +18,23 @@ using layer_norm::Projection;
 template <class T>
 constexpr int kElements = sizeof(T) == 8 ? 4 : 8;
 
+// The kernels say that one block of threads on a multiprocessor is enough: else the compiler spills
+// registers where that lets one more in.
+
 // Blocks that walk over the rows, for each multiprocessor: enough to fill it, and few enough for
 // their sums to stay small beside x.
 constexpr std::int64_t kWalkers = 4;
 
-template <class T>
-__global__ void __launch_bounds__(kMaxRowThreads)
+template <class T, bool one_chunk_of_vectors>
+__global__ void __launch_bounds__(kMaxRowThreads, 1)
     forward(const T* x, Parameter weight, Parameter bias, T* y, Wide<T>* means, Wide<T>* rstds,
-            Wide<T> eps, std::int64_t rows, RowTiling t) {
+            Wide<T> eps, std::int64_t rows, RowTiling tiling) {
   using R = Wide<T>;
+  const RowTiling t = in_vectors<one_chunk_of_vectors>(tiling);
   const int thread = int(threadIdx.x);
   const Place<T, kElements<T>> place(t, thread);
-  for (std::int64_t row = std::int64_t(blockIdx.x) * t.together + threadIdx.y; row < rows;
-       row += std::int64_t(gridDim.x) * t.together) {
-    const T* x_row = x + row * t.n;
+  for_each_row(t, rows, [&](std::int64_t row) {
+    const T* x_row = x + start_of_row(t, row);
     int chunk = 0;
     R a[kElements<T>];
     const auto load = [&] { place.load(x_row, chunk, a); };
@@ -42,7 +46,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     sweep(chunk, t.chunks, load,
           [&] { place.for_each(chunk, [&](int e, int) { total[0] += a[e] - shift; }); });
     sum(total, thread, t.threads);
-    const R about = shift + total[0] / R(t.n);
+    const R about = shift + divide(total[0], R(t.n));
     R moments[2] = {0, 0};
     sweep(chunk, t.chunks, load, [&] {
       place.for_each(chunk, [&](int e, int) {
@@ -52,8 +56,8 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       });
     });
     sum(moments, thread, t.threads);
-    const R rest = moments[0] / R(t.n), mean = about + rest;
-    const R variance = moments[1] / R(t.n) - rest * rest;
+    const R rest = divide(moments[0], R(t.n)), mean = about + rest;
+    const R variance = divide(moments[1], R(t.n)) - rest * rest;
     const R r = 1 / std::sqrt((variance < 0 ? R(0) : variance) + eps);
     sweep(chunk, t.chunks, load, [&] {
       R w[kElements<T>], b[kElements<T>], out[kElements<T>];
@@ -61,13 +65,13 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       place.load(bias, chunk, b, R(0));
 #pragma unroll
       for (int e = 0; e < kElements<T>; ++e) out[e] = (a[e] - mean) * r * w[e] + b[e];
-      place.store(out, y + row * t.n, chunk);
+      place.store(out, y + start_of_row(t, row), chunk);
     });
     if (thread == 0) {
       means[row] = mean;
       rstds[row] = r;
     }
-  }
+  });
 }
 
 // A walker's sum for a parameter: in registers, or in memory where a row takes several chunks.
@@ -76,54 +80,55 @@ class ColumnSum {
  public:
   using R = Wide<T>;
 
-  __device__ ColumnSum(R* row) : row(row) {}
+  // A row of `partials` for each walker, or null.
+  __device__ ColumnSum(R* partials, const RowTiling& t) : partials(partials), t(t) {}
 
-  __device__ __forceinline__ void add(const Place<T, kElements<T>>& place, const RowTiling& t,
-                                      int chunk, bool is_first, const R (&values)[kElements<T>]) {
-    if (row == nullptr) return;
+  __device__ __forceinline__ void add(const Place<T, kElements<T>>& place, int chunk, bool is_first,
+                                      const R (&values)[kElements<T>]) {
+    if (partials == nullptr) return;
     if (t.chunks == 1) {
 #pragma unroll
       for (int e = 0; e < kElements<T>; ++e) held[e] += values[e];
     } else {
+      R* const own = row();
       place.for_each(chunk, [&](int e, int column) {
-        row[column] = is_first ? values[e] : row[column] + values[e];
+        own[column] = is_first ? values[e] : own[column] + values[e];
       });
     }
   }
 
-  __device__ __forceinline__ void finish(const Place<T, kElements<T>>& place, const RowTiling& t) {
-    if (row != nullptr && t.chunks == 1) place.store(held, row, 0);
+  __device__ __forceinline__ void finish(const Place<T, kElements<T>>& place) {
+    if (partials != nullptr && t.chunks == 1) place.store(held, row(), 0);
   }
 
  private:
-  R* const row;
+  __device__ __forceinline__ R* row() const {
+    return partials + start_of_row(t, first_row(t, blockIdx.x, threadIdx.y));
+  }
+
+  R* const partials;
+  const RowTiling& t;
   R held[kElements<T>] = {};
 };
 
-template <class R>
-__device__ __forceinline__ R* walkers_row(R* partials, const RowTiling& t) {
-  const std::int64_t walker = std::int64_t(blockIdx.x) * t.together + threadIdx.y;
-  return partials == nullptr ? nullptr : partials + walker * t.n;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kMaxRowThreads)
+template <class T, bool one_chunk_of_vectors>
+__global__ void __launch_bounds__(kMaxRowThreads, 1)
     backward(const T* grad, const T* x, Parameter weight, const Wide<T>* means,
              const Wide<T>* rstds, T* for_x, Wide<T>* for_weight, Wide<T>* for_bias,
-             std::int64_t rows, RowTiling t) {
+             std::int64_t rows, RowTiling tiling) {
   using R = Wide<T>;
+  const RowTiling t = in_vectors<one_chunk_of_vectors>(tiling);
   const int thread = int(threadIdx.x);
   const Place<T, kElements<T>> place(t, thread);
-  ColumnSum<T> sum_for_weight(walkers_row(for_weight, t)), sum_for_bias(walkers_row(for_bias, t));
+  ColumnSum<T> sum_for_weight(for_weight, t), sum_for_bias(for_bias, t);
   bool is_first = true;
-  for (std::int64_t row = std::int64_t(blockIdx.x) * t.together + threadIdx.y; row < rows;
-       row += std::int64_t(gridDim.x) * t.together, is_first = false) {
+  for_each_row(t, rows, [&](std::int64_t row) {
     const R mean = means[row], r = rstds[row];
     int chunk = 0;
     R g[kElements<T>], x_hat[kElements<T>], w[kElements<T>];
     const auto load = [&] {
-      place.load(grad + row * t.n, chunk, g);
-      place.load(x + row * t.n, chunk, x_hat);
+      place.load(grad + start_of_row(t, row), chunk, g);
+      place.load(x + start_of_row(t, row), chunk, x_hat);
       place.load(weight, chunk, w, R(1));
 #pragma unroll
       for (int e = 0; e < kElements<T>; ++e) x_hat[e] = (x_hat[e] - mean) * r;
@@ -141,44 +146,45 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       });
       sum(sums, thread, t.threads);
     }
-    const Projection<R> projection{r, sums[0] / R(t.n), sums[1] / R(t.n)};
+    const Projection<R> projection{r, divide(sums[0], R(t.n)), divide(sums[1], R(t.n))};
     sweep(chunk, t.chunks, load, [&] {
       R out[kElements<T>];
       if (for_x != nullptr) {
 #pragma unroll
         for (int e = 0; e < kElements<T>; ++e) out[e] = projection(g[e] * w[e], x_hat[e]);
-        place.store(out, for_x + row * t.n, chunk);
+        place.store(out, for_x + start_of_row(t, row), chunk);
       }
-      sum_for_bias.add(place, t, chunk, is_first, g);
+      sum_for_bias.add(place, chunk, is_first, g);
 #pragma unroll
       for (int e = 0; e < kElements<T>; ++e) out[e] = g[e] * x_hat[e];
-      sum_for_weight.add(place, t, chunk, is_first, out);
+      sum_for_weight.add(place, chunk, is_first, out);
     });
-  }
-  sum_for_weight.finish(place, t);
-  sum_for_bias.finish(place, t);
+    is_first = false;
+  });
+  sum_for_weight.finish(place);
+  sum_for_bias.finish(place);
 }
 
 // Absent cotangents v, u and t are 0.
-template <class T, bool has_u>
-__global__ void __launch_bounds__(kMaxRowThreads)
+template <class T, bool has_u, bool one_chunk_of_vectors>
+__global__ void __launch_bounds__(kMaxRowThreads, 1)
     double_backward(const T* v, Parameter u, Parameter of_bias, const T* grad, const T* x,
                     Parameter weight, const Wide<T>* means, const Wide<T>* rstds, T* for_grad,
-                    T* for_x, Wide<T>* for_weight, std::int64_t rows, RowTiling t) {
+                    T* for_x, Wide<T>* for_weight, std::int64_t rows, RowTiling tiling) {
   using R = Wide<T>;
+  const RowTiling t = in_vectors<one_chunk_of_vectors>(tiling);
   const int thread = int(threadIdx.x);
   const Place<T, kElements<T>> place(t, thread);
-  ColumnSum<T> sum_for_weight(walkers_row(for_weight, t));
+  ColumnSum<T> sum_for_weight(for_weight, t);
   bool is_first = true;
-  for (std::int64_t row = std::int64_t(blockIdx.x) * t.together + threadIdx.y; row < rows;
-       row += std::int64_t(gridDim.x) * t.together, is_first = false) {
+  for_each_row(t, rows, [&](std::int64_t row) {
     const R mean = means[row], r = rstds[row];
     int chunk = 0;
     R a[kElements<T>], g[kElements<T>], x_hat[kElements<T>];
     const auto load = [&] {
-      place.load(v == nullptr ? nullptr : v + row * t.n, chunk, a);
-      place.load(grad + row * t.n, chunk, g);
-      place.load(x + row * t.n, chunk, x_hat);
+      place.load_if_there(v, row, chunk, a);
+      place.load(grad + start_of_row(t, row), chunk, g);
+      place.load(x + start_of_row(t, row), chunk, x_hat);
 #pragma unroll
       for (int e = 0; e < kElements<T>; ++e) x_hat[e] = (x_hat[e] - mean) * r;
     };
@@ -208,9 +214,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     });
     sum(sums, thread, t.threads);
     const R count = R(t.n);
-    const Projection<R> of_h{r, sums[0] / count, sums[1] / count};
-    const Projection<R> of_v{r, sums[2] / count, sums[3] / count};
-    const Curvature<R> curvature(of_v, of_h, sums[4] / count);
+    const Projection<R> of_h{r, divide(sums[0], count), divide(sums[1], count)};
+    const Projection<R> of_v{r, divide(sums[2], count), divide(sums[3], count)};
+    const Curvature<R> curvature(of_v, of_h, divide(sums[4], count));
     sweep(chunk, t.chunks, load, [&] {
       R w[kElements<T>], first[kElements<T>], second[kElements<T>];  // for grad and for x
       place.load(weight, chunk, w, R(1));
@@ -221,9 +227,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
         second[e] = curvature(r_pv, g[e] * w[e], x_hat[e]);
         w[e] = g[e] * r_pv;
       }
-      sum_for_weight.add(place, t, chunk, is_first, w);
+      sum_for_weight.add(place, chunk, is_first, w);
       if constexpr (has_u) {
-        const Projection<R> of_k{r, sums[5] / count, sums[6] / count};
+        const Projection<R> of_k{r, divide(sums[5], count), divide(sums[6], count)};
         place.load(u, chunk, w, R(0));
 #pragma unroll
         for (int e = 0; e < kElements<T>; ++e) {
@@ -235,12 +241,13 @@ __global__ void __launch_bounds__(kMaxRowThreads)
         place.load(of_bias, chunk, w, R(0));
 #pragma unroll
         for (int e = 0; e < kElements<T>; ++e) first[e] += w[e];
-        place.store(first, for_grad + row * t.n, chunk);
+        place.store(first, for_grad + start_of_row(t, row), chunk);
       }
-      if (for_x != nullptr) place.store(second, for_x + row * t.n, chunk);
+      if (for_x != nullptr) place.store(second, for_x + start_of_row(t, row), chunk);
     });
-  }
-  sum_for_weight.finish(place, t);
+    is_first = false;
+  });
+  sum_for_weight.finish(place);
 }
 
 constexpr int kColumnThreads = 8, kRowThreads = 32;
@@ -305,6 +312,8 @@ RowTiling tiling(const LayerNorm& a, std::initializer_list<const void*> tensors)
   return tiling_of(a.length, kElements<T>, kLanes<T>, aligned);
 }
 
+bool one_chunk_of_vectors(const RowTiling& t) { return t.vectors && t.chunks == 1; }
+
 std::int64_t walkers(std::int64_t groups) {
   int device = 0, processors = 1;
   cudaGetDevice(&device);
@@ -351,7 +360,8 @@ Error layer_norm_forward(const LayerNorm& a, const void* x, const void* weight, 
   return with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     const RowTiling t = tiling<T>(a, {x, weight, bias, y});
-    return launch(forward<T>, grid(t, a.rows, false), block_of(t), stream, static_cast<const T*>(x),
+    const auto kernel = one_chunk_of_vectors(t) ? forward<T, true> : forward<T, false>;
+    return launch(kernel, grid(t, a.rows, false), block_of(t), stream, static_cast<const T*>(x),
                   parameter_of(a, weight), parameter_of(a, bias), static_cast<T*>(y),
                   static_cast<Wide<T>*>(mean), static_cast<Wide<T>*>(rstd), Wide<T>(eps), a.rows,
                   t);
@@ -370,8 +380,9 @@ Error layer_norm_backward(const LayerNorm& a, const void* grad, const void* x, c
     R* sums = static_cast<R*>(partials);
     R* sums_for_bias = sums + (for_weight != nullptr ? layer_norm_partials(a) : 0);
     const RowTiling t = tiling<T>(a, {grad, x, weight, for_x, partials});
+    const auto kernel = one_chunk_of_vectors(t) ? backward<T, true> : backward<T, false>;
     const Error error = launch(
-        backward<T>, grid(t, a.rows, walks), block_of(t), stream, static_cast<const T*>(grad),
+        kernel, grid(t, a.rows, walks), block_of(t), stream, static_cast<const T*>(grad),
         static_cast<const T*>(x), parameter_of(a, weight), static_cast<const R*>(mean),
         static_cast<const R*>(rstd), static_cast<T*>(for_x), for_weight != nullptr ? sums : nullptr,
         for_bias != nullptr ? sums_for_bias : nullptr, a.rows, t);
@@ -389,7 +400,11 @@ Error layer_norm_double_backward(const LayerNorm& a, const void* v, const void* 
     using T = decltype(element);
     using R = Wide<T>;
     const RowTiling tiles = tiling<T>(a, {v, u, t, grad, x, weight, for_grad, for_x, partials});
-    const auto kernel = u != nullptr ? double_backward<T, true> : double_backward<T, false>;
+    const bool in_one = one_chunk_of_vectors(tiles);
+    const auto with_u = in_one ? double_backward<T, true, true> : double_backward<T, true, false>;
+    const auto without =
+        in_one ? double_backward<T, false, true> : double_backward<T, false, false>;
+    const auto kernel = u != nullptr ? with_u : without;
     const Error error =
         launch(kernel, grid(tiles, a.rows, for_weight != nullptr), block_of(tiles), stream,
                static_cast<const T*>(v), parameter_of(a, u), parameter_of(a, t),

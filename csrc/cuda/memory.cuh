@@ -100,10 +100,11 @@ GN_INLINE void pack(const float* wide, const H* type, std::uint32_t* word) {
   *word = pair(wide[0], wide[1], type);
 }
 
-// One vector at an aligned address.
+// One vector at an aligned address. By these functions, since the compiler may split what is read
+// or written through a pointer to uint4.
 template <class T>
 __device__ __forceinline__ void load_vector(const T* from, Wide<T>* wide) {
-  const uint4 vector = *reinterpret_cast<const uint4*>(from);
+  const uint4 vector = __ldg(reinterpret_cast<const uint4*>(from));
   const std::uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
   constexpr int step = sizeof(T) == 8 ? 2 : 1, elements = sizeof(T) == 2 ? 2 : 1;
 #pragma unroll
@@ -116,7 +117,7 @@ __device__ __forceinline__ void store_vector(const Wide<T>* wide, T* to) {
   constexpr int step = sizeof(T) == 8 ? 2 : 1, elements = sizeof(T) == 2 ? 2 : 1;
 #pragma unroll
   for (int k = 0; k < 4 / step; ++k) pack(wide + k * elements, to, words + k * step);
-  *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+  __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
 }
 
 inline bool is_aligned(const void* pointer) {

@@ -11,6 +11,20 @@ struct Parameter {
   bool is_wide;
 };
 
+// A tiling as kernels for one kind of rows see it: that what is always so is a constant spares them
+// all other code.
+template <bool one_chunk_of_vectors>
+__device__ __forceinline__ RowTiling in_vectors(RowTiling t) {
+  if (one_chunk_of_vectors) t.chunks = 1, t.vectors = true;
+  return t;
+}
+
+template <bool one_warp>
+__device__ __forceinline__ RowTiling in_a_warp(RowTiling t) {
+  if (one_warp) t.chunks = 1, t.threads = kWarp;
+  return t;
+}
+
 // The elements of a row that one thread holds: `elements` of each tensor, in every chunk.
 template <class T, int elements>
 class Place {
@@ -24,84 +38,99 @@ class Place {
   template <class F>
   __device__ __forceinline__ void for_each(int chunk, F f) const {
     if (is_vector()) {
+      for_each_vector(chunk, [&](int first, int column) {
 #pragma unroll
-      for (int v = 0; v < vectors; ++v) {
-        const int column = column_of_vector(t, chunk, thread, v, elements, lanes);
-        if (column < t.n) {
-#pragma unroll
-          for (int l = 0; l < lanes; ++l) f(v * lanes + l, column + l);
-        }
-      }
+        for (int l = 0; l < lanes; ++l) f(first + l, column + l);
+      });
     } else {
-#pragma unroll
-      for (int e = 0; e < elements; ++e) {
-        const int column = column_of_element(t, chunk, thread, e, elements);
-        if (column < t.n) f(e, column);
-      }
+      for_each_element(chunk, f);
     }
   }
 
-  // What a row has in `chunk`; `otherwise` beyond its end, or everywhere if it is null.
+  // What a row has in `chunk`; `otherwise` beyond its end.
   template <class U>
   __device__ __forceinline__ void load(const U* row, int chunk, R (&to)[elements],
                                        R otherwise = 0) const {
-#pragma unroll
-    for (int e = 0; e < elements; ++e) to[e] = otherwise;
-    if (row == nullptr) return;
+    fill(to, otherwise);
     if (is_vector()) {
+      for_each_vector(chunk, [&](int first, int column) {
 #pragma unroll
-      for (int v = 0; v < vectors; ++v) {
-        const int column = column_of_vector(t, chunk, thread, v, elements, lanes);
-        if (column < t.n) {
-#pragma unroll
-          for (int l = 0; l < lanes; l += kLanes<U>) {
-            load_vector(row + column + l, to + v * lanes + l);
-          }
-        }
-      }
+        for (int l = 0; l < lanes; l += kLanes<U>) load_vector(row + column + l, to + first + l);
+      });
     } else {
-#pragma unroll
-      for (int e = 0; e < elements; ++e) {
-        const int column = column_of_element(t, chunk, thread, e, elements);
-        if (column < t.n) to[e] = widen(row[column]);
-      }
+      for_each_element(chunk, [&](int e, int column) { to[e] = widen(row[column]); });
     }
+  }
+
+  // The same of row `row` of a tensor; `otherwise` everywhere if that is null.
+  template <class U>
+  __device__ __forceinline__ void load_if_there(const U* tensor, std::int64_t row, int chunk,
+                                                R (&to)[elements], R otherwise = 0) const {
+    if (tensor == nullptr) return fill(to, otherwise);
+    load(tensor + start_of_row(t, row), chunk, to, otherwise);
   }
 
   __device__ __forceinline__ void load(const Parameter& parameter, int chunk, R (&to)[elements],
                                        R otherwise) const {
     if constexpr (sizeof(T) == 2) {
       if (!parameter.is_wide) {
-        return load(static_cast<const T*>(parameter.data), chunk, to, otherwise);
+        return load_if_there(static_cast<const T*>(parameter.data), 0, chunk, to, otherwise);
       }
     }
-    load(static_cast<const R*>(parameter.data), chunk, to, otherwise);
+    load_if_there(static_cast<const R*>(parameter.data), 0, chunk, to, otherwise);
   }
 
   template <class U>
   __device__ __forceinline__ void store(const R (&from)[elements], U* row, int chunk) const {
     if (is_vector()) {
+      for_each_vector(chunk, [&](int first, int column) {
 #pragma unroll
-      for (int v = 0; v < vectors; ++v) {
-        const int column = column_of_vector(t, chunk, thread, v, elements, lanes);
-        if (column < t.n) {
-#pragma unroll
-          for (int l = 0; l < lanes; l += kLanes<U>) {
-            store_vector(from + v * lanes + l, row + column + l);
-          }
-        }
-      }
+        for (int l = 0; l < lanes; l += kLanes<U>) store_vector(from + first + l, row + column + l);
+      });
     } else {
-      for_each(chunk, [&](int e, int column) { narrow(from[e], row[column]); });
+      for_each_element(chunk, [&](int e, int column) { narrow(from[e], row[column]); });
     }
   }
 
  private:
+  // f(element, column) of the first of each vector.
+  template <class F>
+  __device__ __forceinline__ void for_each_vector(int chunk, F f) const {
+#pragma unroll
+    for (int v = 0; v < vectors; ++v) {
+      const int column = column_of_vector(t, chunk, thread, v, elements, lanes);
+      if (column < t.n) f(v * lanes, column);
+    }
+  }
+
+  template <class F>
+  __device__ __forceinline__ void for_each_element(int chunk, F f) const {
+#pragma unroll
+    for (int e = 0; e < elements; ++e) {
+      const int column = column_of_element(t, chunk, thread, e, elements);
+      if (column < t.n) f(e, column);
+    }
+  }
+
+  static __device__ __forceinline__ void fill(R (&to)[elements], R value) {
+#pragma unroll
+    for (int e = 0; e < elements; ++e) to[e] = value;
+  }
+
   __device__ __forceinline__ bool is_vector() const { return vectors > 0 && t.vectors; }
 
   const RowTiling& t;
   const int thread;
 };
+
+// f(row) for each row of the threads that are at a place along y.
+template <class F>
+__device__ __forceinline__ void for_each_row(const RowTiling& t, std::int64_t rows, F f) {
+  for (std::int64_t row = first_row(t, blockIdx.x, threadIdx.y); row < rows;
+       row += rows_of_grid(t, gridDim.x)) {
+    f(row);
+  }
+}
 
 // Goes over the chunks of a row, from the end that is loaded to the other: a row of one chunk is
 // loaded once, however often this is called. load() loads `chunk`, use() has it.

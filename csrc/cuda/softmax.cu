@@ -2,7 +2,7 @@
 // products around it are the caller's.
 //
 // The formulas are those of softmax.h. Of a row that its threads can hold at a time everything is
-// read once.
+// read once; rows that one warp can hold have kernels of their own.
 #include "../softmax.h"
 
 #include <cmath>
@@ -12,65 +12,65 @@
 namespace gn_kernels::cuda {
 namespace {
 
-// Short rows, such as the windows of 49 of a Swin, take few elements a thread.
-template <class T, bool is_short>
-constexpr int kElements = is_short         ? 2
-                          : sizeof(T) == 8 ? 4
-                                           : 8;
-
-constexpr int kShort = 2 * kWarp;
-constexpr int kMaxThreads =
-    256;  // the double backward of four tensors needs more than 128 registers
-
-// The part of bias, or of its cotangent, that belongs to a row of scores.
+// Elements of each tensor that a thread holds. Short rows, such as the windows of 49 of a Swin,
+// have few for each thread. They are read one by one: a row of 49 scores does not start at the
+// address of a vector, and nothing else of it would fill one.
 template <class T>
-struct BiasRow {
-  const T* data;
-  std::int64_t stride;
+constexpr int kElements = sizeof(T) == 8 ? 4 : 8;
+constexpr int kFewElements = 2;
 
-  __device__ BiasRow(const SoftmaxBias& bias, const Softmax& a, std::int64_t row)
-      : data(static_cast<const T*>(bias.data)), stride(bias.key) {
-    if (data == nullptr) return;
-    const auto at = std::uint32_t(row), n = std::uint32_t(a.n), heads = std::uint32_t(a.heads);
-    const std::uint32_t head = at / n, element = head / heads;
-    data += element % std::uint32_t(a.period) * bias.element + head % heads * bias.head +
-            at % n * bias.query;
-  }
-};
+// The double backward of four tensors needs more than 128 registers.
+constexpr int kMaxThreads = 256;
 
-template <class T, bool is_short>
+template <bool one_warp>
+constexpr int kThreads = one_warp ? kRowsOfWarps * kWarp : kMaxThreads;
+// At least on a multiprocessor: 128 registers for each thread. Without a number the compiler spills
+// where that lets one block more in.
+template <bool one_warp>
+constexpr int kBlocks = 512 / kThreads<one_warp>;
+
+template <class T, int elements>
 class Row {
  public:
-  static constexpr int elements = kElements<T, is_short>;
   using R = Wide<T>;
   using Values = R[elements];
 
-  __device__ Row(const Softmax& a, std::int64_t row, const RowTiling& t, int thread)
-      : place(t, thread), a(a), row(row), n(t.n) {}
-
-  template <class U>
-  __device__ __forceinline__ void load(const U* from, int chunk, Values& to,
-                                       R otherwise = 0) const {
-    place.load(from == nullptr ? nullptr : from + row * n, chunk, to, otherwise);
+  __device__ Row(const Softmax& a, const RowTiling& t, std::int64_t row, int thread, bool has_bias)
+      : place(t, thread), a(a), t(t), row(row) {
+    if (has_bias) at = score_row(row, a.n, a.heads, a.period);
   }
 
-  template <class U>
-  __device__ __forceinline__ void store(const Values& from, U* to, int chunk) const {
-    if (to != nullptr) place.store(from, to + row * n, chunk);
+  __device__ __forceinline__ void load(const T* from, int chunk, Values& to) const {
+    place.load_if_there(from, row, chunk, to);
   }
 
-  // Adds bias where there is one.
-  __device__ __forceinline__ void add(const SoftmaxBias& bias, int chunk, Values& to) const {
-    const BiasRow<T> here(bias, a, row);
-    if (here.data == nullptr) return;
+  __device__ __forceinline__ void store(const Values& from, T* to, int chunk) const {
+    if (to != nullptr) place.store(from, to + start_of_row(t, row), chunk);
+  }
+
+  // Makes scores of products: scales them, and adds bias where there is one.
+  __device__ __forceinline__ void finish(const SoftmaxBias& bias, int chunk, Values& scores) const {
+#pragma unroll
+    for (int e = 0; e < elements; ++e) scores[e] *= R(a.scale);
+    if (bias.data == nullptr) return;
+    const T* here = static_cast<const T*>(bias.data) + at.element * bias.element +
+                    at.head * bias.head + at.query * bias.query;
     if (bias.vectors) {
       Values values;
-      place.load(here.data, chunk, values);
+      place.load(here, chunk, values);
 #pragma unroll
-      for (int e = 0; e < elements; ++e) to[e] += values[e];
+      for (int e = 0; e < elements; ++e) scores[e] += values[e];
     } else {
       place.for_each(chunk,
-                     [&](int e, int column) { to[e] += widen(here.data[column * here.stride]); });
+                     [&](int e, int column) { scores[e] += widen(here[column * bias.key]); });
+    }
+  }
+
+  // Makes P of scores.
+  static __device__ __forceinline__ void normalise(R log_sum, Values& scores) {
+#pragma unroll
+    for (int e = 0; e < elements; ++e) {
+      scores[e] = softmax::probability<Precision<T>>(scores[e], log_sum);
     }
   }
 
@@ -78,29 +78,27 @@ class Row {
 
  private:
   const Softmax& a;
+  const RowTiling& t;
   const std::int64_t row;
-  const int n;
+  ScoreRow at = {};
 };
 
-template <class T, bool is_short>
-__global__ void __launch_bounds__(kMaxThreads)
+template <class T, int elements, bool one_warp>
+__global__ void __launch_bounds__(kThreads<one_warp>, kBlocks<one_warp>)
     forward(const T* products, SoftmaxBias bias, T* probabilities, Wide<T>* log_sums, Softmax a,
-            RowTiling t) {
+            RowTiling tiling) {
   using R = Wide<T>;
   using P = Precision<T>;
-  constexpr int elements = kElements<T, is_short>;
   constexpr R infinity = R(INFINITY);
+  const RowTiling t = in_a_warp<one_warp>(tiling);
   const int thread = int(threadIdx.x);
-  for (std::int64_t at = std::int64_t(blockIdx.x) * t.together + threadIdx.y; at < a.rows;
-       at += std::int64_t(gridDim.x) * t.together) {
-    const Row<T, is_short> row(a, at, t, thread);
+  for_each_row(t, a.rows, [&](std::int64_t at) {
+    const Row<T, elements> row(a, t, at, thread, bias.data != nullptr);
     int chunk = 0;
     R s[elements];
     const auto load = [&] {
       row.load(products, chunk, s);
-#pragma unroll
-      for (int e = 0; e < elements; ++e) s[e] *= R(a.scale);
-      row.add(bias, chunk, s);
+      row.finish(bias, chunk, s);
     };
     load();
     R largest[1] = {-infinity};
@@ -115,7 +113,8 @@ __global__ void __launch_bounds__(kMaxThreads)
                          [&](int e, int) { total[0] += softmax::probability<P>(s[e], shift); });
     });
     sum(total, thread, t.threads);
-    const R log_sum = total[0] == 0 ? infinity : shift + std::log(total[0]);
+    const R log_total = std::log(total[0]);
+    const R log_sum = log_total == -infinity ? infinity : shift + log_total;
     sweep(chunk, t.chunks, load, [&] {
       R out[elements];
 #pragma unroll
@@ -123,32 +122,26 @@ __global__ void __launch_bounds__(kMaxThreads)
       row.store(out, probabilities, chunk);
     });
     if (thread == 0) log_sums[at] = log_sum;
-  }
+  });
 }
 
-template <class T, bool is_short>
-__global__ void __launch_bounds__(kMaxThreads)
+template <class T, int elements, bool one_warp>
+__global__ void __launch_bounds__(kThreads<one_warp>, kBlocks<one_warp>)
     backward(const T* products, SoftmaxBias bias, const Wide<T>* log_sums, const T* dp,
-             T* probabilities, T* ds, Softmax a, RowTiling t) {
+             T* probabilities, T* ds, Softmax a, RowTiling tiling) {
   using R = Wide<T>;
-  constexpr int elements = kElements<T, is_short>;
+  const RowTiling t = in_a_warp<one_warp>(tiling);
   const int thread = int(threadIdx.x);
-  for (std::int64_t at = std::int64_t(blockIdx.x) * t.together + threadIdx.y; at < a.rows;
-       at += std::int64_t(gridDim.x) * t.together) {
-    const Row<T, is_short> row(a, at, t, thread);
+  for_each_row(t, a.rows, [&](std::int64_t at) {
+    const Row<T, elements> row(a, t, at, thread, bias.data != nullptr);
     const R log_sum = log_sums[at];
     int chunk = 0;
     R p[elements], d[elements];
     const auto load = [&] {
       row.load(products, chunk, p);
       row.load(dp, chunk, d);
-#pragma unroll
-      for (int e = 0; e < elements; ++e) p[e] *= R(a.scale);
-      row.add(bias, chunk, p);
-#pragma unroll
-      for (int e = 0; e < elements; ++e) {
-        p[e] = softmax::probability<Precision<T>>(p[e], log_sum);
-      }
+      row.finish(bias, chunk, p);
+      row.normalise(log_sum, p);
     };
     load();
     R delta[1] = {0};
@@ -166,20 +159,19 @@ __global__ void __launch_bounds__(kMaxThreads)
       row.store(p, probabilities, chunk);
       row.store(out, ds, chunk);
     });
-  }
+  });
 }
 
-template <class T, bool is_short>
-__global__ void __launch_bounds__(kMaxThreads)
+template <class T, int elements, bool one_warp>
+__global__ void __launch_bounds__(kThreads<one_warp>, kBlocks<one_warp>)
     double_backward(const T* products, SoftmaxBias bias, const Wide<T>* log_sums, const T* dp,
                     const T* t_products, SoftmaxBias t_bias, const T* u, T* probabilities, T* g,
-                    T* ds, T* as, Softmax a, RowTiling t) {
+                    T* ds, T* as, Softmax a, RowTiling tiling) {
   using R = Wide<T>;
-  constexpr int elements = kElements<T, is_short>;
+  const RowTiling t = in_a_warp<one_warp>(tiling);
   const int thread = int(threadIdx.x);
-  for (std::int64_t at = std::int64_t(blockIdx.x) * t.together + threadIdx.y; at < a.rows;
-       at += std::int64_t(gridDim.x) * t.together) {
-    const Row<T, is_short> row(a, at, t, thread);
+  for_each_row(t, a.rows, [&](std::int64_t at) {
+    const Row<T, elements> row(a, t, at, thread, bias.data != nullptr || t_bias.data != nullptr);
     const R log_sum = log_sums[at];
     int chunk = 0;
     R p[elements], d[elements], ts[elements], us[elements];
@@ -188,17 +180,9 @@ __global__ void __launch_bounds__(kMaxThreads)
       row.load(dp, chunk, d);
       row.load(t_products, chunk, ts);
       row.load(u, chunk, us);
-#pragma unroll
-      for (int e = 0; e < elements; ++e) {
-        p[e] *= R(a.scale);
-        ts[e] *= R(a.scale);
-      }
-      row.add(bias, chunk, p);
-      row.add(t_bias, chunk, ts);
-#pragma unroll
-      for (int e = 0; e < elements; ++e) {
-        p[e] = softmax::probability<Precision<T>>(p[e], log_sum);
-      }
+      row.finish(bias, chunk, p);
+      row.finish(t_bias, chunk, ts);
+      row.normalise(log_sum, p);
     };
     load();
     R sums[3] = {0, 0, 0};  // P T, P dP, P (T dP + U)
@@ -231,7 +215,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         row.store(out, as, chunk);
       }
     });
-  }
+  });
 }
 
 SoftmaxBias with_vectors(SoftmaxBias bias, const RowTiling& t, int lanes) {
@@ -240,7 +224,11 @@ SoftmaxBias with_vectors(SoftmaxBias bias, const RowTiling& t, int lanes) {
   return bias;
 }
 
-// Calls f(element, is_short, tiling), the first two of which carry a type each.
+template <int value>
+using Elements = std::integral_constant<int, value>;
+
+// Calls f(element, elements, one_warp, tiling), the first three of which carry a type or a
+// constant.
 template <class F>
 Error with_rows(const Softmax& a, std::initializer_list<const void*> tensors, F f) {
   if (a.rows == 0) return nullptr;
@@ -250,13 +238,16 @@ Error with_rows(const Softmax& a, std::initializer_list<const void*> tensors, F 
   for (const void* tensor : tensors) aligned = aligned && is_aligned(tensor);
   return with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-    if (a.length <= kShort) {
-      return f(element, std::true_type(),
-               tiling_of(a.length, kElements<T, true>, kLanes<T>,
-                         aligned && kElements<T, true> >= kLanes<T>));
+    const auto tiling = [&](int elements) {
+      return tiling_of(a.length, elements, kLanes<T>, aligned && elements >= kLanes<T>,
+                       kMaxThreads);
+    };
+    if (a.length <= kFewElements * kWarp) {
+      return f(element, Elements<kFewElements>(), std::true_type(), tiling(kFewElements));
     }
-    return f(element, std::false_type(),
-             tiling_of(a.length, kElements<T, false>, kLanes<T>, aligned, kMaxThreads));
+    const RowTiling t = tiling(kElements<T>);
+    if (t.threads == kWarp) return f(element, Elements<kElements<T>>(), std::true_type(), t);
+    return f(element, Elements<kElements<T>>(), std::false_type(), t);
   });
 }
 
@@ -264,27 +255,29 @@ Error with_rows(const Softmax& a, std::initializer_list<const void*> tensors, F 
 
 Error softmax_forward(const Softmax& a, const void* products, const SoftmaxBias& bias,
                       void* probabilities, void* log_sums, Stream stream) {
-  return with_rows(a, {products, probabilities}, [&](auto element, auto is_short, RowTiling t) {
-    using T = decltype(element);
-    return launch(forward<T, decltype(is_short)::value>, grid_of(row_groups(t, a.rows)),
-                  block_of(t), stream, static_cast<const T*>(products),
-                  with_vectors(bias, t, kLanes<T>), static_cast<T*>(probabilities),
-                  static_cast<Wide<T>*>(log_sums), a, t);
-  });
+  return with_rows(
+      a, {products, probabilities}, [&](auto element, auto elements, auto one_warp, RowTiling t) {
+        using T = decltype(element);
+        return launch(forward<T, elements(), one_warp()>, grid_of(row_groups(t, a.rows)),
+                      block_of(t), stream, static_cast<const T*>(products),
+                      with_vectors(bias, t, kLanes<T>), static_cast<T*>(probabilities),
+                      static_cast<Wide<T>*>(log_sums), a, t);
+      });
 }
 
 Error softmax_backward(const Softmax& a, const void* products, const SoftmaxBias& bias,
                        const void* log_sums, const void* dp, void* probabilities, void* ds,
                        Stream stream) {
-  return with_rows(
-      a, {products, dp, probabilities, ds}, [&](auto element, auto is_short, RowTiling t) {
-        using T = decltype(element);
-        return launch(backward<T, decltype(is_short)::value>, grid_of(row_groups(t, a.rows)),
-                      block_of(t), stream, static_cast<const T*>(products),
-                      with_vectors(bias, t, kLanes<T>), static_cast<const Wide<T>*>(log_sums),
-                      static_cast<const T*>(dp), static_cast<T*>(probabilities),
-                      static_cast<T*>(ds), a, t);
-      });
+  return with_rows(a, {products, dp, probabilities, ds},
+                   [&](auto element, auto elements, auto one_warp, RowTiling t) {
+                     using T = decltype(element);
+                     return launch(backward<T, elements(), one_warp()>,
+                                   grid_of(row_groups(t, a.rows)), block_of(t), stream,
+                                   static_cast<const T*>(products),
+                                   with_vectors(bias, t, kLanes<T>),
+                                   static_cast<const Wide<T>*>(log_sums), static_cast<const T*>(dp),
+                                   static_cast<T*>(probabilities), static_cast<T*>(ds), a, t);
+                   });
 }
 
 Error softmax_double_backward(const Softmax& a, const void* products, const SoftmaxBias& bias,
@@ -292,16 +285,16 @@ Error softmax_double_backward(const Softmax& a, const void* products, const Soft
                               const SoftmaxBias& t_bias, const void* u, void* probabilities,
                               void* g, void* ds, void* as, Stream stream) {
   return with_rows(a, {products, dp, t_products, u, probabilities, g, ds, as},
-                   [&](auto element, auto is_short, RowTiling t) {
+                   [&](auto element, auto elements, auto one_warp, RowTiling t) {
                      using T = decltype(element);
                      return launch(
-                         double_backward<T, decltype(is_short)::value>,
-                         grid_of(row_groups(t, a.rows)), block_of(t), stream,
-                         static_cast<const T*>(products), with_vectors(bias, t, kLanes<T>),
-                         static_cast<const Wide<T>*>(log_sums), static_cast<const T*>(dp),
-                         static_cast<const T*>(t_products), with_vectors(t_bias, t, kLanes<T>),
-                         static_cast<const T*>(u), static_cast<T*>(probabilities),
-                         static_cast<T*>(g), static_cast<T*>(ds), static_cast<T*>(as), a, t);
+                         double_backward<T, elements(), one_warp()>, grid_of(row_groups(t, a.rows)),
+                         block_of(t), stream, static_cast<const T*>(products),
+                         with_vectors(bias, t, kLanes<T>), static_cast<const Wide<T>*>(log_sums),
+                         static_cast<const T*>(dp), static_cast<const T*>(t_products),
+                         with_vectors(t_bias, t, kLanes<T>), static_cast<const T*>(u),
+                         static_cast<T*>(probabilities), static_cast<T*>(g), static_cast<T*>(ds),
+                         static_cast<T*>(as), a, t);
                    });
 }
 

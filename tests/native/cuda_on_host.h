@@ -16,7 +16,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 
 struct dim3 {
@@ -29,6 +29,9 @@ struct alignas(16) uint4 {
 };
 
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+inline uint4 __ldg(const uint4* from) { return *from; }
+inline void __stwb(uint4* to, uint4 value) { *to = value; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 

@@ -92,12 +92,132 @@ void test_grid() {
   }
 }
 
+// Every column of a row of n elements once, in vectors and one by one, nothing outside of it; from
+// chunk `first` on, if the row is too long for all.
+void check_row(std::int64_t n, int elements, int lanes, bool is_aligned, int most_threads,
+               std::int64_t from = 0) {
+  const RowTiling t = tiling_of(n, elements, lanes, is_aligned, most_threads);
+  const std::int64_t held = std::int64_t(t.threads) * elements;
+  CHECK(t.n == n && t.threads % kWarp == 0 && t.threads >= kWarp && t.threads <= most_threads,
+        "%d threads for %lld", t.threads, static_cast<long long>(n));
+  CHECK(held * t.chunks >= n && held * (t.chunks - 1) < n, "%d chunks of %lld for %lld", t.chunks,
+        static_cast<long long>(held), static_cast<long long>(n));
+  CHECK(t.threads == most_threads || held - kWarp * elements < n, "%d threads for %lld", t.threads,
+        static_cast<long long>(n));
+  CHECK(t.vectors == (is_aligned && n % lanes == 0), "vectors of %lld", static_cast<long long>(n));
+  CHECK(t.together * t.threads <= most_threads || t.threads == kWarp, "%d rows", t.together);
+  const int first = int(from / held);
+  const std::int64_t origin = first * held;
+  std::vector<int> count(static_cast<std::size_t>(n - origin));
+  for (int chunk = first; chunk < t.chunks; ++chunk) {
+    for (int thread = 0; thread < t.threads; ++thread) {
+      const int pieces = t.vectors ? elements / lanes : elements, width = t.vectors ? lanes : 1;
+      for (int piece = 0; piece < pieces; ++piece) {
+        const int column = t.vectors ? column_of_vector(t, chunk, thread, piece, elements, lanes)
+                                     : column_of_element(t, chunk, thread, piece, elements);
+        CHECK(column >= origin && column % width == 0, "column %d of %lld", column,
+              static_cast<long long>(n));
+        if (column >= n || column < origin) continue;
+        for (int lane = 0; lane < width; ++lane) {
+          CHECK(column + lane < n, "column %d of %lld", column + lane, static_cast<long long>(n));
+          if (column + lane < n) ++count[static_cast<std::size_t>(column - origin + lane)];
+        }
+      }
+    }
+  }
+  check_once(count, n, lanes);
+}
+
+struct Holding {
+  int elements, lanes, most_threads;
+};
+// LayerNorm's and softmax's of 2, 4 and 8 bytes.
+constexpr Holding kHoldings[] = {{8, 8, 512}, {8, 4, 512}, {4, 2, 512}, {8, 8, 256},
+                                 {8, 4, 256}, {4, 2, 256}, {2, 2, 256}};
+
+void test_every_row_length() {
+  for (std::int64_t n = 1; n <= 4200; ++n) {
+    for (const Holding& one : kHoldings) {
+      for (const bool is_aligned : {false, true}) {
+        check_row(n, one.elements, one.lanes, is_aligned, one.most_threads);
+      }
+    }
+  }
+}
+
+// The ends of the longest rows: columns are 32-bit numbers.
+void test_rows_of_2_30() {
+  const std::int64_t most = (std::int64_t(1) << 30) - 1;
+  for (const std::int64_t n : {most, most - 1, most - 3, most - 7, most - 4095, most - 4100}) {
+    for (const Holding& one : kHoldings) {
+      for (const bool is_aligned : {false, true}) {
+        check_row(n, one.elements, one.lanes, is_aligned, one.most_threads, n - 5000);
+      }
+    }
+  }
+}
+
+// The threads of a grid take every row once; near the end of a tensor with about as many elements
+// as a 32-bit number counts, and of one with as many rows.
+void test_rows_of_a_grid() {
+  const std::int64_t edge = std::int64_t(1) << 31;
+  for (const std::int64_t n : {1, 49, 197, 768, 4100, (1 << 30) - 1}) {
+    const RowTiling t = tiling_of(n, 8, 8, true);
+    for (const std::int64_t elements : {edge, 2 * edge, edge * n, 2 * edge * n}) {
+      for (int difference = -9; difference <= 9; ++difference) {
+        const std::int64_t rows = elements / n + difference;
+        if (rows < 10 || rows > 2 * edge) continue;
+        const std::int64_t groups = row_groups(t, rows);
+        CHECK((groups - 1) * t.together < rows && groups * t.together >= rows, "%lld groups",
+              static_cast<long long>(groups));
+        // A block for each group, as if a grid could be as large: the last rows of the tensor.
+        std::vector<int> count(static_cast<std::size_t>(9));
+        for (std::int64_t block = groups - 5 > 0 ? groups - 5 : 0; block < groups; ++block) {
+          for (int place = 0; place < t.together; ++place) {
+            const std::int64_t row = first_row(t, unsigned(block % kMaxGrid), unsigned(place)) +
+                                     block / kMaxGrid * rows_of_grid(t, unsigned(kMaxGrid));
+            CHECK(row == block * t.together + place, "row %lld", static_cast<long long>(row));
+            if (row < rows && row >= rows - 5) ++count[static_cast<std::size_t>(rows - 1 - row)];
+            const std::int64_t start = start_of_row(t, row);
+            CHECK(start / n == row && start % n == 0 && start >= 0, "row %lld starts at %lld",
+                  static_cast<long long>(row), static_cast<long long>(start));
+          }
+        }
+        for (int k = 0; k < 5; ++k) CHECK(count[std::size_t(k)] == 1, "row %d from the end", k);
+      }
+    }
+  }
+}
+
+// Up to the last of 2^32 rows.
+void test_rows_of_scores() {
+  const std::int64_t end = std::int64_t(1) << 32;
+  for (const std::int64_t n : {1, 49, 197, 65536}) {
+    for (const std::int64_t heads : {1, 3, 12}) {
+      for (const std::int64_t from : {std::int64_t(0), end / 2 - 300, end - 300}) {
+        for (std::int64_t row = from; row < from + 300; ++row) {
+          for (const std::int64_t period : {std::int64_t(1), std::int64_t(64), end - 1}) {
+            const ScoreRow at = score_row(row, n, heads, period);
+            CHECK(at.query == row % n && at.head == row / n % heads &&
+                      at.element == row / n / heads % period,
+                  "row %lld", static_cast<long long>(row));
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   test_every_length();
   test_around_2_31();
   test_grid();
+  test_every_row_length();
+  test_rows_of_2_30();
+  test_rows_of_a_grid();
+  test_rows_of_scores();
   std::printf("%d failures\n", failures);
   return failures != 0;
 }
