@@ -127,7 +127,9 @@ def struct(precision: Precision) -> str:
         mills, lambda a: 1 / mills(a), nodes(start, LIMIT[real], power=2), precision.mills
     )
     above, under = call("a", n, real), call("a", d, real)
-    divided = f"{above} * fast_reciprocal({under})" if precision.is_fast else f"{above} / {under}"
+    divided = f"{above} * fast_reciprocal({under})"
+    if not precision.is_fast:
+        divided = f"divide({above}, {under})"
     lines = [
         f"// For {precision.purpose}.",
         f"struct {precision.name} {{",
