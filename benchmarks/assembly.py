@@ -53,6 +53,7 @@ class Instruction:
     ends: bool = False
     access: tuple[str, int] | None = None  # ("load" or "store", bits)
     pipe: str = "alu"
+    text: str = ""  # of NVIDIA's
 
 
 class Kernel(NamedTuple):
@@ -199,6 +200,7 @@ def _sass(listing: str) -> Iterator[Instruction]:
                 ends=operation == "EXIT",
                 access=_sass_access(operation, name),
                 pipe=_pipe(operation, _SASS),
+                text=f"{guard or ''}{name}{operands}".rstrip(),
             )
             labels = ()
 

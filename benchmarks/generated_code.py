@@ -3,13 +3,13 @@
     python -m benchmarks.generated_code [--check | --write] [--all] [--family attention]
                                         [--target sm_90] [--dtype bfloat16] [--subject gelu]
 
-Needs no GPU: Triton brings the compilers of both vendors; the activations in CUDA C++ are there
-where nvcc is. A family lists calls of its own public
-functions; every kernel that they launch is caught and compiled with the very arguments, options and
-specialisation of that launch, for each target.
+Needs no GPU: Triton brings the compilers of both vendors; the kernels in CUDA C++ are there where
+nvcc is. A family lists calls of its own public functions; every kernel that they launch is caught
+and compiled with the very arguments, options and specialisation of that launch, for each target.
 
 Counted: registers, spills, shared memory, widths of the accesses to global memory, and instructions
 per element by pipe, on the way that whole blocks take, a loop as often as the launch's size says.
+Kernels over rows in CUDA C++ decide at run time: there the way is that of the launch's arguments.
 Modelled: issue time ÷ memory time, the instructions at four a clock and multiprocessor against each
 tensor once at the memory's rate: A100 for sm_80, H100 for sm_90, B200 for sm_100.
 
@@ -46,7 +46,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from benchmarks import assembly, common
+from benchmarks import assembly, common, cuda_launches, sass
 from benchmarks.assembly import PIPES, Instruction
 from benchmarks.common import Row
 
@@ -81,14 +81,47 @@ MACHINES = {
 }
 _AMD_PROCESSORS = 304  # of an MI300X
 
-CUDA = "activation in CUDA C++"
-_SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "activations.cu"
+# Compiled by nvcc, a file at a time.
+_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+CUDA = {
+    "activation in CUDA C++": "activations.cu",
+    "layer_norm in CUDA C++": "layer_norm.cu",
+    "softmax in CUDA C++": "softmax.cu",
+}
 # Names of the orders, and the tensors that they read and write.
 _CUDA_ORDERS = {
     "Forward": ("forward", (1, 1)),
     "Backward": ("backward", (2, 1)),
     "DoubleBackward": ("double_backward", (3, 2)),
     "Curvature": ("double_backward, of x alone", (3, 1)),
+}
+
+# Orders of the kernels over rows, with the tensors that are there.
+
+_CUDA_LAYER_NORM = {
+    "forward": ("x", "weight", "bias", "y"),
+    "backward, of x alone": ("grad", "x", "weight", "for_x"),
+    "backward": ("grad", "x", "weight", "for_x", "for_weight", "for_bias"),
+    "double_backward, from x alone": (
+        "v",
+        "grad",
+        "x",
+        "weight",
+        "for_grad",
+        "for_x",
+        "for_weight",
+    ),
+    "double_backward": (
+        *("v", "u", "t", "grad", "x", "weight", "for_grad", "for_x", "for_weight"),
+    ),
+}
+_CUDA_SOFTMAX = {
+    "forward": ("products", "bias", "probabilities", "log_sums"),
+    "backward": ("products", "bias", "log_sums", "dp", "probabilities", "ds"),
+    "double_backward": (
+        *("products", "bias", "log_sums", "dp", "t_products", "t_bias", "u"),
+        *("probabilities", "g", "ds", "as"),
+    ),
 }
 
 # The sizes of a ViT-B and of the third stage of a Swin-B, batch 64.
@@ -325,8 +358,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> tuple[Any, dict[str, An
 
 def measure(case: Case) -> list[Row]:
     """Compile the kernels of one case and read their assembly."""
-    if case.family == CUDA:
-        return list(_measure_cuda(case.target))
+    if case.family in CUDA:
+        return list(_measure_cuda(case.family, case.target))
     target, family = TARGETS[case.target], FAMILIES[case.family]
     rows = []
     for launch in launches(case):
@@ -361,22 +394,29 @@ def measure(case: Case) -> list[Row]:
     return rows
 
 
-def _measure_cuda(target: str) -> Iterator[Row]:
-    # Every kernel of csrc/cuda/activations.cu; their names say what they are.
+def _measure_cuda(family: str, target: str) -> Iterator[Row]:
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
     release = re.search(r"release ([\d.]+)", version.stdout)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "activations.cubin")
-        command = ["nvcc", "-cubin", f"-arch={target}", "-std=c++17", "-O3", "-o", file, _SOURCE]
-        subprocess.run(command, capture_output=True, check=True)
+        file = Path(folder, "kernels.cubin")
+        command = ["nvcc", "-cubin", f"-arch={target}", "-std=c++17", "-O3", "-o", file]
+        subprocess.run([*command, _SOURCES / CUDA[family]], capture_output=True, check=True)
         kernels = assembly.read_cubin(file.read_bytes())
+    rows = {"activations.cu": _cuda_activations}.get(CUDA[family], _cuda_rows)
+    for row in rows(CUDA[family], kernels, target):
+        yield {"compiler": f"nvcc {release[1] if release else 'unknown'}"} | row
+
+
+def _cuda_activations(
+    source: str, kernels: Sequence[assembly.Kernel], target: str
+) -> Iterator[Row]:
+    # Their names say what they are.
     for kernel in kernels:
         order, kind, dtype = cuda_kernel(kernel.name)
         reads, writes = _CUDA_ORDERS[order][1]
         elements = _BATCH * _TOKENS * 4 * _WIDTH
         size = getattr(torch, dtype).itemsize
         yield {
-            "compiler": f"nvcc {release[1] if release else 'unknown'}",
             "family": "activation",
             "subject": kind,
             "order": _CUDA_ORDERS[order][0],
@@ -394,6 +434,125 @@ def _measure_cuda(target: str) -> Iterator[Row]:
         )
 
 
+class CudaCall(NamedTuple):
+    """A launch of a kernel over rows: so many rows of so many elements, and the bytes moved."""
+
+    family: str
+    subject: str
+    order: str
+    dtype: str
+    launch: cuda_launches.Launch
+    rows: int
+    length: int
+    moved: int
+
+
+def cuda_calls(source: str, processors: int) -> Iterator[CudaCall]:
+    """What is measured of layer_norm.cu or softmax.cu."""
+    layer_norm = source == "layer_norm.cu"
+    for dtype in DTYPES:
+        yield from (_layer_norm_launches if layer_norm else _softmax_launches)(dtype, processors)
+
+
+def _addresses(names: Sequence[str]) -> dict[str, int]:
+    return {name: (place + 1) << 32 for place, name in enumerate(names)}
+
+
+def _layer_norm_launches(dtype: str, processors: int) -> Iterator[CudaCall]:
+    size, wide = cuda_launches.SIZES[dtype], 8 if dtype == "float64" else 4
+    rows = _BATCH * _TOKENS
+    call = cuda_launches.LayerNorm(
+        dtype, "float64" if dtype == "float64" else "float32", rows, _WIDTH, processors
+    )
+    for order, names in _CUDA_LAYER_NORM.items():
+        at = _addresses([*names, "mean", "rstd", "partials"])
+        count = 0
+        for launch in call.launches(order.split(",")[0], at):
+            walks = "partials" in launch.tensors
+            if launch.kernel[0] != "column_sums":
+                count = launch.grid[0] * launch.block[1]
+                sums = ("for_weight" in names) + ("for_bias" in names)
+            partials = sums * count * _WIDTH * wide if walks else 0
+            sizes = {"mean": rows * wide, "rstd": rows * wide, "partials": partials}
+            sizes |= dict.fromkeys(
+                ("weight", "bias", "u", "t", "for_weight", "for_bias"), _WIDTH * wide
+            )
+            moved = sum(sizes.get(name, rows * _WIDTH * size) for name in launch.tensors)
+            handled = sums * count if launch.kernel[0] == "column_sums" else rows
+            yield CudaCall("layer_norm", "768", order, dtype, launch, handled, _WIDTH, moved)
+
+
+def _softmax_launches(dtype: str, processors: int) -> Iterator[CudaCall]:
+    size, wide = cuda_launches.SIZES[dtype], 8 if dtype == "float64" else 4
+    heads = _WIDTH // 64
+    for subject, shape in {
+        f"{_TOKENS}": (_BATCH, heads, _TOKENS, _TOKENS),
+        f"{_WINDOW}, bias": (_WINDOWS, _WINDOW_HEADS, _WINDOW, _WINDOW),
+    }.items():
+        for order, names in _CUDA_SOFTMAX.items():
+            biased = "bias" in subject
+            at = _addresses([name for name in names if biased or "bias" not in name])
+            n, length = shape[2:]
+            launch = cuda_launches.SoftmaxRows(dtype, shape).launch(
+                order, at, (0, n * length, length, 1)
+            )
+            rows = math.prod(shape[:3])
+            sizes = {"log_sums": rows * wide}
+            sizes |= dict.fromkeys(("bias", "t_bias"), math.prod(shape[1:]) * size)
+            moved = sum(sizes.get(name, rows * length * size) for name in launch.tensors)
+            yield CudaCall("softmax", subject, order, dtype, launch, rows, length, moved)
+
+
+def _cuda_rows(source: str, kernels: Sequence[assembly.Kernel], target: str) -> Iterator[Row]:
+    by_name = {cuda_row_kernel(kernel.name): kernel for kernel in kernels}
+    for call in cuda_calls(source, MACHINES[target].multiprocessors):
+        launch, kernel = call.launch, by_name[call.launch.kernel]
+        bank = sass.constants(target, launch.arguments, launch.grid, launch.block)
+        # The first warp of the first block, and another in place of all its others.
+        x, y = launch.block
+        warps = x * y // 32
+        ways = [
+            sass.follow(kernel.code, bank, (32 * warp % x, 32 * warp // x))
+            for warp in {0, warps - 1}
+        ]
+        passed = ways[0].passed + ways[-1].passed * (warps - 1)
+        programs = math.prod(launch.grid)
+        if launch.kernel[0] != "column_sums":  # the first block has a row or a turn more
+            turns = math.ceil(call.rows / y / programs)
+            programs = call.rows / y / turns
+        yield {
+            "family": call.family,
+            "subject": call.subject,
+            "order": call.order,
+            "kernel": launch.kernel[0],
+            "dtype": call.dtype,
+            "target": target,
+        } | figures(
+            kernel,
+            passed,
+            trips=1,
+            threads=32 * programs,
+            elements=call.rows * call.length,
+            moved=call.moved,
+            machine=MACHINES[target],
+            accesses=ways[0].executed,
+        )
+
+
+def cuda_row_kernel(name: str) -> tuple[str, str, tuple[int, ...]]:
+    """Function, dtype and a template's numbers of a mangled name of layer_norm.cu or softmax.cu."""
+    of = re.search(
+        r"\d(forward|backward|double_backward|column_sums)I(?:([fd])|NS\w+?(b?float16)E)"
+        r"((?:L[bi]\d+E)*)E",
+        name,
+    )
+    if of is None:
+        raise ValueError(f"{name} is no kernel over rows")
+    function, letter, half, template = of.groups()
+    numbers = tuple(map(int, re.findall(r"\d+", template)))
+    return function, half or {"f": "float32", "d": "float64"}[letter], numbers
+
+
 def cuda_kernel(name: str) -> tuple[str, str, str]:
     """Order, kind and dtype of a mangled name of csrc/cuda/activations.cu."""
     of = re.search(r"\d+([A-Z][a-zA-Z]+)INS_\d+([A-Z][a-zA-Z]+?)ENS_\d", name)
@@ -408,12 +567,14 @@ def figures(
     kernel: assembly.Kernel,
     way: Sequence[int],
     trips: float,
-    threads: int,
+    threads: float,
     elements: int,
     moved: int,
     machine: Machine | None,
+    accesses: Sequence[int] | None = None,
 ) -> Row:
     """The figures of a row, of one launch with so many threads, elements and bytes."""
+    accesses = way if accesses is None else accesses
     pipes = assembly.by_pipe(kernel.code, way, trips)
     total = sum(pipes.values())
     per_element = threads / elements
@@ -422,8 +583,8 @@ def figures(
         "registers": kernel.registers,
         "spills": kernel.spills,
         "shared_bytes": kernel.shared_bytes,
-        "load_bits": _text(assembly.widths(kernel.code, way, "load")),
-        "store_bits": _text(assembly.widths(kernel.code, way, "store")),
+        "load_bits": _text(assembly.widths(kernel.code, accesses, "load")),
+        "store_bits": _text(assembly.widths(kernel.code, accesses, "store")),
         "instructions": total * per_element,
         **{pipe: count * per_element for pipe, count in pipes.items()},
         "issue_over_memory": ratio,
@@ -447,7 +608,7 @@ def cases(everything: bool = False) -> list[Case]:
         for subject in [*gate, *(others if everything else ())]:
             found += [Case(name, subject, dtype, target) for target in TARGETS]
     if shutil.which("nvcc"):
-        found += [Case(CUDA, "all", "all", target) for target in MACHINES]
+        found += [Case(family, "all", "all", target) for family in CUDA for target in MACHINES]
     return found
 
 
@@ -457,7 +618,7 @@ def measurements(chosen: Sequence[Case], jobs: int) -> list[Row]:
         return [row for case in chosen for row in measure(case)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        return [row for rows in pool.map(measure, chosen, chunksize=4) for row in rows]
+        return [row for rows in pool.map(measure, chosen) for row in rows]
 
 
 # -- The gate ------------------------------------------------------------------------------------
@@ -564,7 +725,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--family", choices=[*FAMILIES, CUDA], action="append")
+    parser.add_argument("--family", choices=[*FAMILIES, *CUDA], action="append")
     parser.add_argument("--target", choices=TARGETS, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--subject", action="append", help="gelu, 768, '32, bias', …")
@@ -588,10 +749,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen:
         parser.error("nothing is selected")
     rows = measurements(chosen, options.jobs)
-    for family in FAMILIES:
+    for family in dict.fromkeys(row["family"] for row in rows):
         some = [row for row in rows if row["family"] == family]
-        if some:
-            print(f"{family}\n\n{common.markdown(some, COLUMNS)}\n")
+        print(f"{family}\n\n{common.markdown(some, COLUMNS)}\n")
     print(assumptions())
     if options.csv:
         write(rows, options.csv)
