@@ -14,7 +14,7 @@ without a barrier between, a barrier that some threads never reach.
 
 Arithmetic is that of IEEE 754: fma rounds once (in float64 within a millionth of an ulp of that).
 The approximations (ex2, rcp, rsqrt, sqrt, lg2) are computed exactly and rounded, times a relative
-error where one is given.
+error where one is given; rcp of float64 has no more than 20 bits.
 
 Source: NVIDIA, PTX ISA 8.8, https://docs.nvidia.com/cuda/parallel-thread-execution/.
 """
@@ -364,6 +364,11 @@ def _flush(x: np.ndarray) -> np.ndarray:
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
+def _upper_word(x: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(x).view(np.uint64) & ~np.uint64(0xFFFFFFFF)
+    return np.where(np.abs(x) < 2.0**-1022, np.copysign(0.0, x), bits.view(np.float64))
+
+
 def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """a·b + c of float32 with one rounding: the sum in float64 rounded to odd, then to float32."""
     product, addend = a.astype(np.float64) * b, c.astype(np.float64)  # the product is exact
@@ -447,11 +452,12 @@ class _Machine:
         memory: Memory,
         blocks: np.ndarray,
         grid: tuple[int, int, int],
-        threads: int,
+        block: tuple[int, int, int],
         dynamic_shared: int,
         errors: Mapping[str, float],
     ) -> None:
         self.kernel, self.memory, self.blocks = kernel, memory, blocks
+        threads = block[0] * block[1] * block[2]
         self.grid, self.threads, self.errors = grid, threads, errors
         count = len(blocks)
         self.lanes = count * threads
@@ -467,18 +473,14 @@ class _Machine:
         self.shared = _Shared(np.zeros(shape, np.uint8))
         self.read = self.written = self.instructions = 0
         thread = np.tile(np.arange(threads), count)
-        self.special = {
-            "%tid.x": thread,
-            "%laneid": thread % _WARP,
-            "%warpid": thread // _WARP,
-            "%ntid.x": np.full(self.lanes, threads),
-        }
+        self.special = {"%laneid": thread % _WARP, "%warpid": thread // _WARP}
+        before = 1
         for axis, name in enumerate("xyz"):
             self.special[f"%ctaid.{name}"] = np.repeat(blocks[:, axis], threads)
             self.special[f"%nctaid.{name}"] = np.full(self.lanes, grid[axis])
-        for name in "yz":
-            self.special[f"%tid.{name}"] = np.zeros(self.lanes, np.int64)
-            self.special[f"%ntid.{name}"] = np.ones(self.lanes, np.int64)
+            self.special[f"%tid.{name}"] = thread // before % block[axis]
+            self.special[f"%ntid.{name}"] = np.full(self.lanes, block[axis])
+            before *= block[axis]
 
     # Registers
 
@@ -895,7 +897,9 @@ class _Machine:
         if any(mode in ("rz", "rm", "rp", "sat", "xorsign") for mode in modes):
             raise UnsupportedError(one.text)
         approximate = "approx" in modes or operation in ("ex2", "lg2", "rsqrt", "tanh")
-        if operation in _APPROXIMATIONS and approximate:
+        if operation == "rcp" and kind == "f64" and approximate:  # of upper words, to upper words
+            result = _upper_word(1.0 / _upper_word(x[0]))
+        elif operation in _APPROXIMATIONS and approximate:
             exact = _APPROXIMATIONS[operation](x[0].astype(np.float64))
             result = (exact * (1 + self.errors.get(operation, 0.0))).astype(x[0].dtype)
         elif operation in ("min", "max"):
@@ -1036,7 +1040,7 @@ def run(
     memory: Memory,
     arguments: Sequence[int | float | bytes],
     grid: tuple[int, ...],
-    threads: int,
+    threads: int | tuple[int, ...],
     *,
     blocks: Sequence[int] | None = None,
     dynamic_shared: int = 0,
@@ -1049,7 +1053,7 @@ def run(
         memory: holds what the arguments point to.
         arguments: one for each parameter: an int, a float for an f32 or f64, the bytes of a struct.
         grid: programs along x, y, z.
-        threads: of a block.
+        threads: of a block, or how many along x, y, z.
         blocks: numbers of those to run, along x first; all by default.
         dynamic_shared: bytes beside those that the kernel declares.
         errors: relative errors of the approximations, as ``{"ex2": 2**-22}``.
@@ -1060,7 +1064,9 @@ def run(
     places = np.stack(
         [numbers % full[0], numbers // full[0] % full[1], numbers // (full[0] * full[1])], 1
     )
-    machine = _Machine(kernel, memory, places, full, threads, dynamic_shared, dict(errors or {}))
+    shape = threads if isinstance(threads, tuple) else (threads,)
+    block = (*shape, 1, 1)[:3]
+    machine = _Machine(kernel, memory, places, full, block, dynamic_shared, dict(errors or {}))
     packed = b""
     for (name, size, elements), value in zip(kernel.parameters, arguments, strict=True):
         step = size if not elements else 8

@@ -15,7 +15,7 @@ from tests.ptx.machine import Kernel, Memory, parse, run
 from tests.ptx.test_triton_ptx import DTYPES, KINDS, raw, tensor_of
 from tests.triton.test_activation_triton import ABSOLUTE, FP32, ULP, oracle, ulp
 
-SOURCE = Path(__file__).parents[2] / "csrc" / "cuda" / "activations.cu"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 THREADS = 128
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
@@ -28,16 +28,19 @@ ORDERS = {
 }
 
 
+def compile_cuda(source: str, folder: Path) -> dict[str, Kernel]:
+    """The kernels of a file, by their mangled names."""
+    file = folder / "kernels.ptx"
+    command = ["nvcc", "-ptx", "-arch=sm_90", "-std=c++17", "-O3", "-o", file, SOURCES / source]
+    subprocess.run(command, check=True, capture_output=True)
+    return parse(file.read_text())
+
+
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> dict[tuple[str, str, str], Kernel]:
     """By order, kind and dtype."""
-    file = tmp_path_factory.mktemp("ptx") / "activations.ptx"
-    command = ["nvcc", "-ptx", "-arch=sm_90", "-std=c++17", "-O3", "-o", file, SOURCE]
-    subprocess.run(command, check=True, capture_output=True)
-    found = {}
-    for name, kernel in parse(file.read_text()).items():
-        found[cuda_kernel(name)] = kernel
-    return found
+    found = compile_cuda("activations.cu", tmp_path_factory.mktemp("ptx"))
+    return {cuda_kernel(name): kernel for name, kernel in found.items()}
 
 
 def execute(kernel: Kernel, order: str, dtype: torch.dtype, n: int, shift: int = 0, grid: int = 0):

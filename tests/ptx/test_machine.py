@@ -270,6 +270,37 @@ def test_flushing_and_approximations():
     np.testing.assert_array_equal(y, np.exp2(x.astype(np.float64)).astype(np.float32))
 
 
+def test_the_reciprocal_of_float64_is_coarse():
+    x = np.array([3.0, 1 + 2.0**-40, 2.0**1023.5, np.inf, -8.0] + [1.0] * 27)
+    y = converted("rcp.approx.ftz.f64 %rd10, %rd9;", x, np.float64, 64)
+    assert 0 < abs(3 * y[0] - 1) < 2.0**-20
+    assert y[1:5].tolist() == [1.0, 0.0, 0.0, -0.125]
+    assert (y.view(np.uint64) & np.uint64(0xFFFFFFFF) == 0).all()
+
+
+def test_a_block_has_three_axes():
+    memory = Memory()
+    result = memory.reserve(4 * 24)
+    body = """
+    mov.u32 %r1, %tid.y;
+    mov.u32 %r2, %tid.z;
+    mov.u32 %r3, %ntid.x;
+    mov.u32 %r4, %ntid.y;
+    mad.lo.u32 %r5, %r2, %r4, %r1;
+    mad.lo.u32 %r6, %r5, %r3, %r0;
+    mul.lo.u32 %r7, %r2, 100;
+    mad.lo.u32 %r8, %r1, 10, %r7;
+    add.u32 %r9, %r8, %r0;
+    mul.wide.u32 %rd4, %r6, 4;
+    add.s64 %rd5, %rd1, %rd4;
+    st.global.u32 [%rd5], %r9;
+    ret;
+"""
+    run(kernel(body), memory, [0, result], (1,), (4, 3, 2))
+    expected = [100 * z + 10 * y + x for z in range(2) for y in range(3) for x in range(4)]
+    assert memory.get(result, np.uint32).tolist() == expected
+
+
 def test_what_is_not_known_is_named():
     with pytest.raises(UnsupportedError, match="wgmma"):
         run(kernel("wgmma.fence.aligned;\n ret;"), Memory(), [0, 0], (1,), 32)
