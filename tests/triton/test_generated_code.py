@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import assembly, generated_code
 from benchmarks.assembly import Instruction
+from benchmarks.cuda_launches import SIZES
 from benchmarks.generated_code import MACHINES, worse
 
 ROOT = Path(__file__).parents[2]
@@ -65,14 +66,28 @@ def test_the_baseline_is_complete():
         for row in baseline()
         if row["compiler"].startswith("triton")
     }
-    cases = (case for case in generated_code.cases() if case.family != generated_code.CUDA)
+    cases = (case for case in generated_code.cases() if case.family not in generated_code.CUDA)
     assert found == {tuple(case) for case in cases}
     assert {family for family, *_ in found} == {"activation", "layer_norm", "attention"}
 
 
-def split_doubles(row: dict) -> bool:
-    # nvcc splits some 128-bit accesses of float64, loads on sm_100 and stores of gelu elsewhere.
-    return row["compiler"].startswith("nvcc") and row["dtype"] == "float64"
+def test_the_baseline_has_the_kernels_in_cuda_cpp():
+    found = {
+        (row["family"], row["subject"], row["order"], row["kernel"], row["dtype"], row["target"])
+        for row in baseline()
+        if row["compiler"].startswith("nvcc") and row["family"] != "activation"
+    }
+    calls = [
+        call
+        for source in ("layer_norm.cu", "softmax.cu")
+        for call in generated_code.cuda_calls(source, processors=1)
+    ]
+    assert found == {
+        (call.family, call.subject, call.order, call.launch.kernel[0], call.dtype, target)
+        for call in calls
+        for target in MACHINES
+    }
+    assert len(found) == 3 * 4 * (5 + 3 + 2 * 3)
 
 
 def test_kernels_keep_to_their_registers_and_use_the_widest_accesses():
@@ -80,10 +95,14 @@ def test_kernels_keep_to_their_registers_and_use_the_widest_accesses():
         if not any(some.items() <= row.items() for some in SPILLING):
             assert row["spills"] == "0", row
         loads, stores = (row[key].split("/") for key in ("load_bits", "store_bits"))
-        if not (row["target"] == "gfx942" and row["family"] == "attention"):
-            assert loads[0] == "128" or split_doubles(row), row
-        if row["family"] == "activation" and not split_doubles(row):
+        if row["family"] == "softmax":  # rows of 197 and of 49, which are not aligned
+            assert stores[-1] == loads[-1] == str(8 * SIZES[row["dtype"]]), row
+        elif not (row["target"] == "gfx942" and row["family"] == "attention"):
+            assert loads[0] == "128", row
+        if row["family"] == "activation":
             assert loads == stores == ["128"], row
+        if row["family"] == "layer_norm" and not row["kernel"].startswith("column_sums"):
+            assert stores[0] == "128" or row["target"] == "gfx942", row
 
 
 def test_activations_are_as_short_as_the_best_form_known():
@@ -101,12 +120,22 @@ def test_activations_are_as_short_as_the_best_form_known():
 
 def test_cuda_kernels_are_as_short_as_triton_s():
     counts = {"triton": {}, "nvcc": {}}
-    for row in baseline(family="activation", dtype="bfloat16", target="sm_90"):
+    for row in baseline(family="activation"):
         of = counts[row["compiler"].split()[0]]
-        of[row["subject"], row["order"]] = float(row["instructions"])
-    assert counts["nvcc"].keys() == counts["triton"].keys()
+        of[tuple(row[key] for key in ("subject", "order", "dtype", "target"))] = float(
+            row["instructions"]
+        )
+    targets = {kernel[3] for kernel in counts["nvcc"]}
+    assert targets == set(MACHINES)
+    assert counts["nvcc"].keys() == {one for one in counts["triton"] if one[3] in targets}
     for kernel, count in counts["nvcc"].items():
-        assert count <= 1.1 * counts["triton"][kernel], kernel
+        _, _, dtype, target = kernel
+        bound = 1.1
+        if target == "sm_100":  # Triton's compiler packs two float32 into one instruction there
+            bound = 1.4 if dtype.endswith("float16") else 1.15
+        if kernel[:3] == ("gelu", "forward", "float32"):  # an exp as exact far out as at 0
+            bound = 1.4
+        assert count <= bound * counts["triton"][kernel], kernel
 
 
 def test_attention_multiplies_on_tensor_cores():
@@ -252,6 +281,23 @@ def test_sass_is_read():
     assert [one.target for one in code[7:]] == [".L_x_2", None, ".L_x_1", None]
     assert [one.falls_through for one in code[7:]] == [True, True, False, False]
     assert [one.ends for one in code[7:]] == [False, False, False, True]
+
+
+def test_kernels_are_known_by_their_mangled_names():
+    file = "_GLOBAL__N__eaa57a13_13_layer_norm_cu_2fb86969"
+    name = f"_ZN10gn_kernels4cuda{len(file)}{file}15double_backwardI{{}}EEvPKT_NS0_9ParameterE"
+    half = f"NS_{len(file)}{file}8bfloat16E"
+    for template, expected in (
+        ("dLb0ELb1E", ("double_backward", "float64", (0, 1))),
+        (f"{half}Lb1ELb0E", ("double_backward", "bfloat16", (1, 0))),
+        (f"{half.replace('8b', '7')}Li8ELb1E", ("double_backward", "float16", (8, 1))),
+        ("f", ("double_backward", "float32", ())),
+    ):
+        assert generated_code.cuda_row_kernel(name.format(template)) == expected
+    forward = name.format("f").replace("15double_backward", "7forward")
+    assert generated_code.cuda_row_kernel(forward)[0] == "forward"
+    with pytest.raises(ValueError, match="no kernel over rows"):
+        generated_code.cuda_row_kernel("_ZN10gn_kernels4cuda10activationIfEE")
 
 
 def test_unknown_options_are_refused():
