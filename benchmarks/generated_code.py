@@ -97,22 +97,17 @@ _CUDA_ORDERS = {
 }
 
 # Orders of the kernels over rows, with the tensors that are there.
-
 _CUDA_LAYER_NORM = {
     "forward": ("x", "weight", "bias", "y"),
     "backward, of x alone": ("grad", "x", "weight", "for_x"),
     "backward": ("grad", "x", "weight", "for_x", "for_weight", "for_bias"),
     "double_backward, from x alone": (
-        "v",
-        "grad",
-        "x",
-        "weight",
-        "for_grad",
-        "for_x",
-        "for_weight",
+        *("v", "grad", "x", "weight"),
+        *("for_grad", "for_x", "for_weight"),
     ),
     "double_backward": (
-        *("v", "u", "t", "grad", "x", "weight", "for_grad", "for_x", "for_weight"),
+        *("v", "u", "t", "grad", "x", "weight"),
+        *("for_grad", "for_x", "for_weight"),
     ),
 }
 _CUDA_SOFTMAX = {

@@ -486,9 +486,9 @@ def _generated_code(rows: list[Row]) -> str:
 Kernels for bfloat16 of {compilers}, at the sizes of a ViT-B or a stage of Swin-B, batch 64; no GPU
 is needed. Instructions per element are those of the way that whole blocks take, a loop as often as
 it is passed; an element of attention, and of the softmax that the attention in CUDA C++ leaves to
-kernels, is one score. Issue ÷ memory (modelled) is the time to issue
-them, four warps a clock and multiprocessor, over the time to move every tensor once at the memory's
-rate: above 1 a kernel is bound by instructions, tensor cores apart.
+kernels, is one score. Issue ÷ memory (modelled) is the time to issue them, four warps a clock and
+multiprocessor, over the time to move every tensor once at the memory's rate: above 1 a kernel is
+bound by instructions, tensor cores apart.
 `python -m benchmarks.generated_code` prints widths, shared memory, the instructions of each pipe
 and the other types; with `--check` it exits with 1 where a kernel got worse by more than 5 % than
 in [generated_code.csv](results/generated_code.csv).

@@ -18,13 +18,12 @@ using layer_norm::Projection;
 template <class T>
 constexpr int kElements = sizeof(T) == 8 ? 4 : 8;
 
-// The kernels say that one block of threads on a multiprocessor is enough: else the compiler spills
-// registers where that lets one more in.
-
 // Blocks that walk over the rows, for each multiprocessor: enough to fill it, and few enough for
 // their sums to stay small beside x.
 constexpr std::int64_t kWalkers = 4;
 
+// The kernels say that one block of threads on a multiprocessor is enough (the 1 in their bounds):
+// else the compiler spills registers where that lets one more in.
 template <class T, bool one_chunk_of_vectors>
 __global__ void __launch_bounds__(kMaxRowThreads, 1)
     forward(const T* x, Parameter weight, Parameter bias, T* y, Wide<T>* means, Wide<T>* rstds,

@@ -12,6 +12,7 @@ from PIL import Image
 
 from gn_kernels import training
 from gn_kernels.cli import main
+from gn_kernels.cli.evaluate import PREPROCESSING
 from gn_kernels.training import Settings, load
 
 # Swin-B's blocks, windows and heads, at a sixteenth of its width.
@@ -64,8 +65,6 @@ def test_the_preset_of_swin_b_trains_and_is_evaluated(folder, tmp_path, monkeypa
     ],
 )
 def test_images_are_cut_as_robustbench_does(folder, name, resampling):
-    from gn_kernels.cli.evaluate import PREPROCESSING
-
     options = {"dataset": "folder", "data": str(folder), "test_list": str(folder / "val.txt")}
     options["batch_size"] = 4
     data = load(Settings(**options, **PREPROCESSING[name]))
