@@ -182,6 +182,14 @@ def test_step_comparison_is_there_and_touches_nothing(training):
     assert comparison.loss_difference < 1e-5
 
 
+@pytest.mark.parametrize(("step_ms", "steps"), [(1.0, 40), (2000.0, 10), (60_000.0, 3)])
+def test_slow_steps_are_compared_less_often(training, step_ms, steps):
+    training.step = 1  # of which the record says how long it took
+    training.record[0, 2] = step_ms
+    comparison = compare_steps(training)
+    assert {timing.steps for timing in comparison.timings.values()} == {steps}
+
+
 def test_swapped_and_plain_training_learn_the_same(settings):
     # 21 steps in float32, whose roundings AdamW's division by a small root magnifies.
     fused, plain = _finished(settings), _finished(Settings(**TINY, swap=False))
