@@ -49,7 +49,7 @@ PRECISIONS = [
         is_fast=True,
     ),
     Precision("Single", "float", "results in fp32", 6, (3, 4), 4),
-    Precision("Double", "double", "results in fp64", 11, (8, 9), 9),
+    Precision("Double", "double", "results in fp64", 11, (9, 10), None),
 ]
 
 
@@ -112,7 +112,7 @@ def struct(precision: Precision) -> str:
     real = precision.real
     half_ln2 = mp.log(2) / 2
     interval = nodes(-half_ln2, half_ln2)
-    if precision.centre is None:
+    if precision.exp == 4:
         p, _, exp_error = fit(mp.exp, lambda r: mp.exp(-r), interval, (precision.exp, 0))
     else:  # 1 + r is exact: the rounding of its coefficients would show
         q, _, exp_error = fit(
@@ -141,13 +141,15 @@ def struct(precision: Precision) -> str:
     if not precision.is_fast:
         lines += [
             f"  // exp(r), |r| <= ln 2 / 2: relative error {mp.nstr(exp_error, 2)}",
-            f"  GN_INLINE static {real} exp({real} r) {{ return {call('r', p, real)}; }}",
+            "  template <class T>",
+            f"  GN_INLINE static T exp(T r) {{ return {call('r', p, real)}; }}",
             "",
         ]
     lines += [
         f"  // Phi(-a) exp(a^2 / 2), {start} <= a <= {LIMIT[real]}: "
         f"relative error {mp.nstr(mills_error, 2)}",
-        f"  GN_INLINE static {real} mills({real} a) {{",
+        "  template <class T>",
+        "  GN_INLINE static T mills(T a) {",
         f"    return {divided};",
         "  }",
     ]
@@ -156,7 +158,8 @@ def struct(precision: Precision) -> str:
         lines += [
             "",
             f"  // (Phi(x) - 1/2) / x of s = x^2 <= 1: error of Phi {mp.nstr(error, 2)}",
-            f"  GN_INLINE static {real} centre({real} s) {{ return {call('s', r, real)}; }}",
+            "  template <class T>",
+            f"  GN_INLINE static T centre(T s) {{ return {call('s', r, real)}; }}",
         ]
     return "\n".join([*lines, "};"])
 

@@ -102,7 +102,7 @@ void with_types(Kind kind, Dtype dtype, F f) {
   }
 }
 
-template <template <class, class, class> class Order, class A, class T, int I, int O>
+template <template <class, class> class Order, class A, class T, int I, int O>
 void run(const void* const (&in)[I], void* const (&out)[O], std::int64_t n) {
   using P = Precision<T>;
   using R = typename P::real;
@@ -110,7 +110,7 @@ void run(const void* const (&in)[I], void* const (&out)[O], std::int64_t n) {
   T* to[O];
   for (int k = 0; k < I; ++k) from[k] = static_cast<const T*>(in[k]);
   for (int k = 0; k < O; ++k) to[k] = static_cast<T*>(out[k]);
-  map<Order<A, P, R>, T, R>(from, to, n);
+  map<Order<A, P>, T, R>(from, to, n);
 }
 
 void forward(Kind kind, Dtype dtype, const void* x, void* y, std::int64_t n) {

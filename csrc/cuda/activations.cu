@@ -1,5 +1,6 @@
 // The activations: one kernel for each kind, order and dtype.
 #include "memory.cuh"
+#include "pair.cuh"
 
 namespace gn_kernels::cuda {
 namespace {
@@ -16,6 +17,21 @@ struct Tensors {
   T* out[Op::out];
 };
 
+template <class Op, class R, int N>
+__device__ __forceinline__ void apply(const R (&in)[Op::in][N], R (&out)[Op::out][N]) {
+  using C = Computed<R>;
+  constexpr int step = sizeof(C) / sizeof(R);
+#pragma unroll
+  for (int i = 0; i < N; i += step) {
+    C arguments[Op::in], results[Op::out];
+#pragma unroll
+    for (int k = 0; k < Op::in; ++k) __builtin_memcpy(&arguments[k], &in[k][i], sizeof(C));
+    Op::apply(arguments, results);
+#pragma unroll
+    for (int k = 0; k < Op::out; ++k) __builtin_memcpy(&out[k][i], &results[k], sizeof(C));
+  }
+}
+
 template <class Op, class T>
 __device__ __forceinline__ void whole_block(const Tensors<Op, T>& tensors, std::int64_t start) {
   using R = Wide<T>;
@@ -30,15 +46,7 @@ __device__ __forceinline__ void whole_block(const Tensors<Op, T>& tensors, std::
       load_vector(from + start_of_vector(0, v, kThreads, lanes), in[k] + v * lanes);
     }
   }
-#pragma unroll
-  for (int i = 0; i < kVectors * lanes; ++i) {
-    R arguments[Op::in], results[Op::out];
-#pragma unroll
-    for (int k = 0; k < Op::in; ++k) arguments[k] = in[k][i];
-    Op::apply(arguments, results);
-#pragma unroll
-    for (int k = 0; k < Op::out; ++k) out[k][i] = results[k];
-  }
+  apply<Op>(in, out);
 #pragma unroll
   for (int k = 0; k < Op::out; ++k) {
     T* to = tensors.out[k] + first;
@@ -109,8 +117,8 @@ Error with_types(Kind kind, Dtype dtype, F f) {
   });
 }
 
-template <template <class, class, class> class Order, class A, class T>
-using Op = Order<A, Precision<T>, Wide<T>>;
+template <template <class, class> class Order, class A, class T>
+using Op = Order<A, Precision<T>>;
 
 }  // namespace
 

@@ -216,18 +216,17 @@ void test_variant(const char* isa, const Kernels& kernels) {
 }
 
 // The arithmetic of the GPU's kernels for 16-bit types, executed here.
-template <template <class, class, class> class Order, class A, class H, std::size_t I,
-          std::size_t O>
+template <template <class, class> class Order, class A, class H, std::size_t I, std::size_t O>
 void loop(const std::array<const H*, I>& in, const std::array<H*, O>& out, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) {
     float arguments[I], results[O];
     for (std::size_t k = 0; k < I; ++k) arguments[k] = widen(in[k][i]);
-    Order<A, Fast, float>::apply(arguments, results);
+    Order<A, Fast>::apply(arguments, results);
     for (std::size_t k = 0; k < O; ++k) narrow(results[k], out[k][i]);
   }
 }
 
-template <template <class, class, class> class Order, std::size_t I, std::size_t O>
+template <template <class, class> class Order, std::size_t I, std::size_t O>
 void run_fast(Kind kind, Dtype dtype, const void* const (&in)[I], void* const (&out)[O],
               std::int64_t n) {
   const auto typed = [&](auto activation, auto element) {

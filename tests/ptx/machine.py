@@ -873,6 +873,14 @@ class _Machine:
             logic = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
             result = ~values[0] if operation == "not" else logic[operation](*values)
             self.put(target, result, mask)
+        elif kind == "f32x2":
+            raw = [self.bits(source, 64) for source in sources]
+            words = []
+            for shift in (0, 32):
+                parts = [(x >> np.uint64(shift)).astype(np.uint32).view(np.float32) for x in raw]
+                result = self.floating(one, operation, modes, "f32", parts)
+                words.append(result.view(np.uint32).astype(np.uint64))
+            self.put(target, words[1] << np.uint64(32) | words[0], mask)
         elif kind.endswith("x2"):
             raw = [self.bits(source, 32) for source in sources]
             halves = []

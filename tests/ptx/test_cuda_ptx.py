@@ -1,10 +1,11 @@
-"""What nvcc compiles of csrc/cuda for sm_90, executed: the kernels of the activations."""
+"""What nvcc compiles of csrc/cuda, executed: the kernels of the activations."""
 
 from __future__ import annotations
 
 import shutil
 import struct
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from benchmarks.generated_code import cuda_kernel
 from tests.ptx.machine import Kernel, Memory, parse, run
 from tests.ptx.test_triton_ptx import DTYPES, KINDS, raw, tensor_of
-from tests.triton.test_activation_triton import ABSOLUTE, FP32, ULP, oracle, ulp
+from tests.triton.test_activation_triton import ABSOLUTE, EXP2, FP32, ULP, oracle, ulp
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 THREADS = 128
@@ -28,22 +29,30 @@ ORDERS = {
 }
 
 
-def compile_cuda(source: str, folder: Path) -> dict[str, Kernel]:
+def compile_cuda(source: str, folder: Path, target: str = "sm_90") -> dict[str, Kernel]:
     """The kernels of a file, by their mangled names."""
     file = folder / "kernels.ptx"
-    command = ["nvcc", "-ptx", "-arch=sm_90", "-std=c++17", "-O3", "-o", file, SOURCES / source]
+    command = ["nvcc", "-ptx", f"-arch={target}", "-std=c++17", "-O3", "-o", file, SOURCES / source]
     subprocess.run(command, check=True, capture_output=True)
     return parse(file.read_text())
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> dict[tuple[str, str, str], Kernel]:
+@pytest.fixture(scope="module", params=["sm_90", "sm_100"])  # the second computes in pairs
+def kernels(request, tmp_path_factory) -> dict[tuple[str, str, str], Kernel]:
     """By order, kind and dtype."""
-    found = compile_cuda("activations.cu", tmp_path_factory.mktemp("ptx"))
+    found = compile_cuda("activations.cu", tmp_path_factory.mktemp("ptx"), request.param)
     return {cuda_kernel(name): kernel for name, kernel in found.items()}
 
 
-def execute(kernel: Kernel, order: str, dtype: torch.dtype, n: int, shift: int = 0, grid: int = 0):
+def execute(
+    kernel: Kernel,
+    order: str,
+    dtype: torch.dtype,
+    n: int,
+    shift: int = 0,
+    grid: int = 0,
+    errors: Mapping[str, float] | None = None,
+):
     """Inputs, outputs and the traffic of one launch, from addresses ``shift`` bytes off."""
     generator = torch.Generator().manual_seed(n)
     x = torch.empty(n).uniform_(-10, 10, generator=generator).to(dtype)
@@ -60,7 +69,7 @@ def execute(kernel: Kernel, order: str, dtype: torch.dtype, n: int, shift: int =
         n,
         struct.pack("<2q", blocks, 0 if shift else n // size),
     ]
-    traffic = run(kernel, memory, arguments, (grid or blocks,), THREADS)
+    traffic = run(kernel, memory, arguments, (grid or blocks,), THREADS, errors=errors)
     for address in results:
         assert (memory.writes(address) == 1).all()
     for address in sources:
@@ -72,7 +81,7 @@ def execute(kernel: Kernel, order: str, dtype: torch.dtype, n: int, shift: int =
     return given, [tensor_of(memory, address, dtype) for address in results]
 
 
-def check(kernel: Kernel, order: str, kind: str, dtype: torch.dtype, n: int, **options: int):
+def check(kernel: Kernel, order: str, kind: str, dtype: torch.dtype, n: int, **options):
     given, outputs = execute(kernel, order, dtype, n, **options)
     grad, v = given["grad"].double(), given["v"].double()
     factors = {"1": torch.ones_like(v), "grad": grad, "v": v, "v·grad": v * grad}
@@ -103,6 +112,17 @@ def test_values_tails_and_bytes(dtype, kernels):
         if of == dtype:
             for n in (7, 2 * size + 17):
                 check(kernel, order, kind, DTYPES[dtype], n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_values_with_the_errors_of_the_hardware(dtype, sign, kernels):
+    size = THREADS * 2 * (16 // DTYPES[dtype].itemsize)
+    errors = {"ex2": sign * EXP2, "rcp": sign * EXP2}
+    for (order, kind, of), kernel in kernels.items():
+        if of == dtype:
+            check(kernel, order, kind, DTYPES[dtype], 5 * size, errors=errors)
 
 
 def test_memory_that_is_not_aligned_and_more_blocks_than_programs(kernels):

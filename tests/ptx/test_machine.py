@@ -260,6 +260,21 @@ def test_fma_rounds_once():
     assert fma64(x, x, -(x * x))[0] == 2.0**-60  # what the product alone loses
 
 
+def test_two_floats_at_a_time():
+    x = np.array([1 + 2.0**-12] * 32, np.float32)
+    body = """
+    mov.b64 %rd9, {%r1, %f2};
+    fma.rn.f32x2 %rd10, %rd9, %rd9, %rd9;
+    sub.f32x2 %rd10, %rd10, %rd9;
+    mov.b64 {%f1, %f3}, %rd10;
+    """
+    both = [
+        converted(f"mov.f32 %f2, 0f40000000; {body} mov.b32 %r2, {half};", x, np.float32, 32)[0]
+        for half in ("%f1", "%f3")
+    ]
+    assert both == [np.float32(x[0] * x[0].astype(np.float64)), 4.0]
+
+
 def test_flushing_and_approximations():
     x = np.array([2.0**-130, 1.5, -1.0, np.inf] + [1.0] * 28, np.float32)
     assert (
