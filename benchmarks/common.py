@@ -219,6 +219,13 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     return result
 
 
+def samples(text: str) -> int:
+    """An option's number of samples: percentiles take two."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is no number of samples: give 2 or more")
+    return int(text)
+
+
 def _folder(text: str) -> Path:
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is no folder: name that of an earlier run")

@@ -620,7 +620,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--family", choices=families, action="append")
     parser.add_argument("--shape", choices=[*SHAPES, "all"], action="append")
     parser.add_argument("--dtype", choices=[*common.DTYPES, "all"], action="append")
-    parser.add_argument("--rounds", type=int, default=None, help="samples of each provider")
+    parser.add_argument("--rounds", type=common.samples, help="samples of each provider")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     where = common.environment(common.command_line("operations", argv))

@@ -480,7 +480,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--activation", choices=ACTIVATIONS, action="append")
     parser.add_argument("--model", choices=MODELS, action="append", help="what is counted")
     parser.add_argument("--size", choices=SIZES, action="append", help="what is measured")
-    parser.add_argument("--rounds", type=int, help="samples of each step")
+    parser.add_argument("--rounds", type=common.samples, help="samples of each step")
     parser.add_argument("--no-compile", action="store_true", help="without the compiled step")
     parser.add_argument(
         "--device",

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from benchmarks import common
+from benchmarks import common, operations, step_cost
 from benchmarks.common import Table, Timing
 
 
@@ -132,6 +132,14 @@ def test_a_folder_that_is_not_there_is_refused_before_anything_runs(capsys):
     with pytest.raises(SystemExit):
         common.parser("operations", None).parse_args(["--compare", "/no/such/folder"])
     assert "is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [operations, step_cost])
+@pytest.mark.parametrize("rounds", ["1", "0", "many"])
+def test_too_few_samples_are_refused_before_anything_runs(module, rounds, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["--rounds", rounds])
+    assert "2 or more" in capsys.readouterr().err
 
 
 def test_a_red_row_is_a_failure(tmp_path):
