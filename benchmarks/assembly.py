@@ -61,7 +61,7 @@ class Kernel(NamedTuple):
 
     name: str
     registers: int
-    spills: int  # accesses to local memory, or registers on AMD
+    spills: int  # accesses to local memory; registers on AMD, scalar ones too: to vector lanes
     shared_bytes: int
     code: list[Instruction]
 

@@ -429,9 +429,10 @@ def _double_keys(
             v_result = _sum(p * (t - row[1]), query_rows[1], v_result, PRECISION)
         if for_k is not None:
             ds, a_s = _ds_and_as(p, dp, t, u, row)
-            k_result = _sum(a_s, query_rows[0], k_result, PRECISION)
+            # dS first: with a bias on sm_100 only this order fits the registers.
             if query_rows[2] is not None:
                 k_result = _sum(ds, query_rows[2], k_result, PRECISION)
+            k_result = _sum(a_s, query_rows[0], k_result, PRECISION)
     _store_rows(for_k, b, h, keys, M, k_result * scale, PITCH, SIZE, PADDED)
     _store_rows(for_v, b, h, keys, M, v_result, PITCH, SIZE, PADDED)
 
@@ -473,19 +474,41 @@ class Tiling(NamedTuple):
 def tiling(
     kernel: str, size: int, dtype: torch.dtype, biased: bool, precision: str = "ieee"
 ) -> Tiling:
-    """For a kernel of this module and a head size: what the registers of an H100 hold.
+    """For a kernel of this module and a head size: what the registers of its GPU hold.
 
-    Products of float32 without tensor cores keep whole rows of both factors in registers.
+    Without tensor cores, products of float32 keep whole rows of both factors in registers; AMD has
+    them for float32.
     """
+    amd = torch.version.hip is not None
     double = kernel.startswith("_double")
-    if dtype == torch.float32:
+    sums_rows = kernel.endswith(("_queries", "_keys"))
+    if dtype == torch.float32 and not amd:
         block = 16 if double and precision == "ieee" else 32
         return Tiling(block, block, warps=8 if size > 64 or precision == "ieee" else 4, stages=1)
+    if amd and kernel == "_double_statistics":
+        double = False  # three numbers for each row are all it keeps
     owned, other = 64, 32 if double or biased else 64
-    if double and size > (32 if biased else 64):
+    if dtype == torch.float32 or (double and size > (32 if biased else 64)):
         other = 16
+    warps, stages = 4 if size <= 64 else 8, 2
+    if amd:
+        # Four wavefronts may have 512 registers a thread, eight 256, in which a second stage waits.
+        warps, stages = 4, 1
+    elif sums_rows and double and size > 64:
+        # Eight warps would repeat the products of 64 rows by 16, four lack the registers for them.
+        owned, other, warps = (16, 32, 4) if biased else (32, 16, 4)
+    if sums_rows and biased and size > 32:
+        stages = 1  # a second stage of a bias waits in registers, as 16 bits are not copied aside
     queries, keys = (other, owned) if kernel.endswith("_keys") else (owned, other)
-    return Tiling(queries, keys, warps=4 if size <= 64 else 8, stages=2)
+    return Tiling(queries, keys, warps, stages)
+
+
+def _options(tiling: Tiling) -> dict[str, int]:
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    if torch.version.hip is not None:
+        # By 32 rows, the default, four wavefronts would compute products of 64 rows twice.
+        options["matrix_instr_nonkdim"] = 16
+    return options
 
 
 def padded(size: int) -> int:
@@ -567,7 +590,7 @@ class _Call:
 
     def delta(self, grad: Tensor, out: Tensor, delta: Tensor) -> None:
         """δ of each row, from dO and O."""
-        queries = 64
+        queries = min(64, 4096 // padded(self.size))
         with _on(self.device):
             _backward_delta[(self.batch * self.heads * triton.cdiv(self.n, queries),)](
                 grad,
@@ -601,8 +624,7 @@ class _Call:
                 tiling.queries,
                 tiling.keys,
                 self.precision,
-                num_warps=tiling.warps,
-                num_stages=tiling.stages,
+                **_options(tiling),
             )
 
 
