@@ -17,6 +17,7 @@ ROWS_OF_WARPS = 4
 _WARP, _VECTOR_BYTES = 32, 16
 _MAX_GRID = 16 * 132 * 16
 _LAYER_NORM_THREADS, _SOFTMAX_THREADS = 512, 256  # of a row, at most
+_LAYER_NORM_ELEMENTS = 8
 _WALKERS = 4  # blocks for each multiprocessor
 _COLUMN_THREADS, _ROW_THREADS = 8, 32  # of column_sums
 
@@ -82,9 +83,7 @@ class Launch(NamedTuple):
     tensors: tuple[str, ...]
 
 
-def tiling_of(
-    n: int, elements: int, lanes: int, is_aligned: bool, most_threads: int = _LAYER_NORM_THREADS
-) -> RowTiling:
+def tiling_of(n: int, elements: int, lanes: int, is_aligned: bool, most_threads: int) -> RowTiling:
     """Of indices.h."""
     threads = min(-(-n // (elements * _WARP)) * _WARP, most_threads)
     together = ROWS_OF_WARPS if threads == _WARP else 1
@@ -166,11 +165,15 @@ class LayerNorm(NamedTuple):
                 *(pointer("for_grad"), pointer("for_x"), for_weight),
             ),
         }[order]
-        one_chunk_of_vectors = t.vectors and t.chunks == 1
-        template = ("u" in at,) if order == "double_backward" else ()
+        kind = 0 if not t.vectors or t.chunks > 1 else 1 if t.threads == _WARP else 2
+        template: tuple[bool, ...] = ()
+        if order == "backward":
+            template = (walks or kind == 0,)
+        elif order == "double_backward":
+            template = ("u" in at,)
         found = [
             Launch(
-                (order, self.dtype, (*map(int, template), int(one_chunk_of_vectors))),
+                (order, self.dtype, (*map(int, template), kind)),
                 (*arguments, c_int64(self.rows), t),
                 (blocks, 1),
                 (t.threads, t.together),
@@ -190,7 +193,7 @@ class LayerNorm(NamedTuple):
         return Launch(
             ("column_sums", wide, ()),
             (
-                *(c_uint64(partials), c_int64(count), c_int(self.length)),
+                *(c_uint64(partials), c_int(count), c_int(self.length)),
                 c_bool(_aligned(partials) and self.length % lanes == 0),
                 *(c_uint64(at[sums[0]]), c_uint64(at["for_bias"] if "for_bias" in sums else 0)),
                 c_int(_DTYPES.index(self.parameter_dtype)),
@@ -206,8 +209,10 @@ class LayerNorm(NamedTuple):
 
     def _tiling(self, is_aligned: bool) -> RowTiling:
         size = SIZES[self.dtype]
-        elements = 4 if size == 8 else 8
-        return tiling_of(self.length, elements, _VECTOR_BYTES // size, is_aligned)
+        threads = _LAYER_NORM_THREADS // (2 if size == 8 else 1)
+        return tiling_of(
+            self.length, _LAYER_NORM_ELEMENTS, _VECTOR_BYTES // size, is_aligned, threads
+        )
 
 
 class SoftmaxRows(NamedTuple):

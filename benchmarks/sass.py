@@ -86,6 +86,9 @@ def _decode(text: str) -> _Decoded:
         count = 2
     elif name in ("P2R", "UP2UR", "BRA", "CALL"):
         count = int("2" in name)
+    if name == "R2P" and not parts:  # the bits of a mask, each to the predicate of its number
+        operands = [*(f"P{bit}" for bit in _bits(operands[2])), operands[1]]
+        count = len(operands) - 1
     wide = (
         {"64", "WIDE"} & {*parts}
         or {"F64", "S64", "U64"} & {*parts[:1]}  # of a conversion, the type of the result
@@ -95,6 +98,10 @@ def _decode(text: str) -> _Decoded:
         *(guard or "PT", name, frozenset(parts)),
         *(tuple(operands[:count]), tuple(operands[count:]), bool(wide)),
     )
+
+
+def _bits(mask: str) -> list[int]:
+    return [bit for bit in range(32) if int(mask, 0) >> bit & 1]
 
 
 class _Operand(NamedTuple):
@@ -407,9 +414,10 @@ class _Thread:
     def extreme(self, one: _Decoded) -> bool:
         a, b = (self.read(source) for source in one.sources[:2])
         least = self.truth(one.sources[2])
-        if a is None or b is None or least is None or "U32" in one.parts:
+        if a is None or b is None or least is None:
             return False
-        self.write(one.results[0], (min if least else max)(a, b, key=_signed))
+        key = int if "U32" in one.parts else _signed
+        self.write(one.results[0], (min if least else max)(a, b, key=key))
         return True
 
     def permute(self, one: _Decoded) -> bool:
@@ -463,11 +471,17 @@ class _Thread:
             self.decide([target], possible.pop() if len(possible) == 1 else None)
         return True
 
-    def predicate_to_register(self, one: _Decoded) -> bool:
-        # Which bit it becomes is not looked at: code that follows asks whether it is 0.
+    def predicates_to_register(self, one: _Decoded) -> bool:
         kind = one.sources[0].removesuffix("R")  # PR or UPR
-        truth = self.truth(f"{kind}{int(one.sources[2], 0).bit_length() - 1}")
-        self.write(one.results[0], None if truth is None else int(truth))
+        truths = {bit: self.truth(f"{kind}{bit}") for bit in _bits(one.sources[2])}
+        value = sum(1 << bit for bit, truth in truths.items() if truth)
+        self.write(one.results[0], None if None in truths.values() else value)
+        return True
+
+    def register_to_predicates(self, one: _Decoded) -> bool:
+        value = self.read(one.sources[0])
+        for target in one.results:
+            self.decide([target], None if value is None else bool(value >> int(target[-1]) & 1))
         return True
 
 
@@ -497,7 +511,8 @@ _FUNCTIONS: dict[str, Callable[[_Thread, _Decoded], bool]] = {
     "HFMA2": _Thread.halves,
     "ISETP": _Thread.compare,
     "PLOP3": _Thread.logic_of_predicates,
-    "P2R": _Thread.predicate_to_register,
-    "P2UR": _Thread.predicate_to_register,
+    "P2R": _Thread.predicates_to_register,
+    "P2UR": _Thread.predicates_to_register,
+    "R2P": _Thread.register_to_predicates,
 }
 _FUNCTIONS |= {f"U{name}": function for name, function in _FUNCTIONS.items()}

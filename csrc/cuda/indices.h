@@ -73,10 +73,13 @@ GN_INLINE RowTiling tiling_of(std::int64_t n, int elements, int lanes, bool is_a
 }
 
 // The column at which a thread's vector begins; it has `lanes` columns, or none if that is not
-// below n.
+// below n. A warp's columns are neighbours, and a thread's vectors as far apart as its warp is
+// wide: a constant, so that an address serves all of them.
 GN_INLINE int column_of_vector(const RowTiling& t, int chunk, int thread, int vector, int elements,
                                int lanes) {
-  return chunk * t.threads * elements + start_of_vector(thread, vector, t.threads, lanes);
+  const auto lane = int(unsigned(thread) % kWarp);
+  return (chunk * t.threads + thread - lane) * elements +
+         start_of_vector(lane, vector, kWarp, lanes);
 }
 
 // The column of a thread's element where rows are read element by element: neighbouring threads

@@ -100,15 +100,19 @@ GN_INLINE void pack(const float* wide, const H* type, std::uint32_t* word) {
   *word = pair(wide[0], wide[1], type);
 }
 
+template <class T>
+__device__ __forceinline__ void unpack_vector(uint4 vector, const T* type, Wide<T>* wide) {
+  const std::uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+  constexpr int step = sizeof(T) == 8 ? 2 : 1, elements = sizeof(T) == 2 ? 2 : 1;
+#pragma unroll
+  for (int k = 0; k < 4 / step; ++k) unpack(words + k * step, type, wide + k * elements);
+}
+
 // One vector at an aligned address. By these functions, since the compiler may split what is read
 // or written through a pointer to uint4.
 template <class T>
 __device__ __forceinline__ void load_vector(const T* from, Wide<T>* wide) {
-  const uint4 vector = __ldg(reinterpret_cast<const uint4*>(from));
-  const std::uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-  constexpr int step = sizeof(T) == 8 ? 2 : 1, elements = sizeof(T) == 2 ? 2 : 1;
-#pragma unroll
-  for (int k = 0; k < 4 / step; ++k) unpack(words + k * step, from, wide + k * elements);
+  unpack_vector(__ldg(reinterpret_cast<const uint4*>(from)), from, wide);
 }
 
 template <class T>

@@ -28,10 +28,21 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+struct alignas(16) double2 {
+  double x, y;
+};
 
-inline uint4 __ldg(const uint4* from) { return *from; }
-inline void __stwb(uint4* to, uint4 value) { *to = value; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
+
+template <class Vector>
+Vector __ldg(const Vector* from) {
+  return *from;
+}
+template <class Vector>
+void __stwb(Vector* to, Vector value) {
+  *to = value;
+}
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -140,6 +151,17 @@ void run_block(dim3 shape) {
 
 inline std::size_t thread() { return std::size_t(threadIdx.y) * blockDim.x + threadIdx.x; }
 
+// What thread `other` of the warp shows.
+template <class R>
+R exchange(R value, std::size_t other) {
+  const std::size_t me = thread();
+  block.exchanged[me] = double(value);  // no number of R is lost
+  wait(block.warps[me / 32], 32);
+  const R shown = R(block.exchanged[other]);
+  wait(block.warps[me / 32], 32);
+  return shown;
+}
+
 }  // namespace cuda_on_host
 
 inline void __syncthreads() {
@@ -148,13 +170,12 @@ inline void __syncthreads() {
 
 template <class R>
 R __shfl_xor_sync(unsigned, R value, int distance) {
-  using namespace cuda_on_host;
-  const std::size_t me = thread();
-  block.exchanged[me] = double(value);  // no number of R is lost
-  wait(block.warps[me / 32], 32);
-  const R other = R(block.exchanged[me ^ std::size_t(distance)]);
-  wait(block.warps[me / 32], 32);
-  return other;
+  return cuda_on_host::exchange(value, cuda_on_host::thread() ^ std::size_t(distance));
+}
+
+template <class R>
+R __shfl_sync(unsigned, R value, int source) {
+  return cuda_on_host::exchange(value, cuda_on_host::thread() / 32 * 32 + std::size_t(source));
 }
 
 template <class... P>

@@ -132,7 +132,7 @@ struct Holding {
   int elements, lanes, most_threads;
 };
 // LayerNorm's and softmax's of 2, 4 and 8 bytes.
-constexpr Holding kHoldings[] = {{8, 8, 512}, {8, 4, 512}, {4, 2, 512}, {8, 8, 256},
+constexpr Holding kHoldings[] = {{8, 8, 512}, {8, 4, 512}, {8, 2, 256}, {8, 8, 256},
                                  {8, 4, 256}, {4, 2, 256}, {2, 2, 256}};
 
 void test_every_row_length() {

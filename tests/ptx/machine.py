@@ -14,7 +14,7 @@ without a barrier between, a barrier that some threads never reach.
 
 Arithmetic is that of IEEE 754: fma rounds once (in float64 within a millionth of an ulp of that).
 The approximations (ex2, rcp, rsqrt, sqrt, lg2) are computed exactly and rounded, times a relative
-error where one is given; rcp of float64 has no more than 20 bits.
+error where one is given; rcp and rsqrt of float64 have no more than 20 bits.
 
 Source: NVIDIA, PTX ISA 8.8, https://docs.nvidia.com/cuda/parallel-thread-execution/.
 """
@@ -905,8 +905,8 @@ class _Machine:
         if any(mode in ("rz", "rm", "rp", "sat", "xorsign") for mode in modes):
             raise UnsupportedError(one.text)
         approximate = "approx" in modes or operation in ("ex2", "lg2", "rsqrt", "tanh")
-        if operation == "rcp" and kind == "f64" and approximate:  # of upper words, to upper words
-            result = _upper_word(1.0 / _upper_word(x[0]))
+        if operation in ("rcp", "rsqrt") and kind == "f64" and approximate:  # of and to upper words
+            result = _upper_word(_APPROXIMATIONS[operation](_upper_word(x[0])))
         elif operation in _APPROXIMATIONS and approximate:
             exact = _APPROXIMATIONS[operation](x[0].astype(np.float64))
             result = (exact * (1 + self.errors.get(operation, 0.0))).astype(x[0].dtype)

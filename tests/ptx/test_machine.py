@@ -285,12 +285,16 @@ def test_flushing_and_approximations():
     np.testing.assert_array_equal(y, np.exp2(x.astype(np.float64)).astype(np.float32))
 
 
-def test_the_reciprocal_of_float64_is_coarse():
+def test_reciprocals_of_float64_are_coarse():
     x = np.array([3.0, 1 + 2.0**-40, 2.0**1023.5, np.inf, -8.0] + [1.0] * 27)
     y = converted("rcp.approx.ftz.f64 %rd10, %rd9;", x, np.float64, 64)
     assert 0 < abs(3 * y[0] - 1) < 2.0**-20
     assert y[1:5].tolist() == [1.0, 0.0, 0.0, -0.125]
     assert (y.view(np.uint64) & np.uint64(0xFFFFFFFF) == 0).all()
+    root = converted("rsqrt.approx.ftz.f64 %rd10, %rd9;", np.abs(x), np.float64, 64)
+    assert 0 < abs(3 * root[0] ** 2 - 1) < 2.0**-19
+    assert root[1] == 1.0
+    assert root[3] == 0.0
 
 
 def test_a_block_has_three_axes():

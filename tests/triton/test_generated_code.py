@@ -125,6 +125,19 @@ def test_cuda_kernels_are_as_short_as_triton_s():
         assert count <= 1.1 * counts["triton"][kernel], kernel
 
 
+def test_cuda_kernels_of_layer_norm_are_as_short_as_triton_s():
+    # On sm_100 too, where Triton's compiler packs two float32 into one instruction.
+    counts = {"triton": {}, "nvcc": {}}
+    for row in baseline(family="layer_norm", subject="768"):
+        of = counts[row["compiler"].split()[0]]
+        kernel = (row["kernel"].removesuffix("_kernel"), row["order"], row["dtype"], row["target"])
+        of[kernel] = float(row["instructions"])
+    assert counts["nvcc"].keys() == {one for one in counts["triton"] if one[3] in MACHINES}
+    assert len(counts["nvcc"]) == 96
+    for kernel, count in counts["nvcc"].items():
+        assert count <= 1.1 * counts["triton"][kernel], kernel
+
+
 def test_attention_multiplies_on_tensor_cores():
     for row in baseline(family="attention", dtype="bfloat16"):
         assert (float(row["tensor"]) > 0) == (row["kernel"] != "backward_delta"), row
