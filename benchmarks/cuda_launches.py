@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from ctypes import c_bool, c_double, c_float, c_int, c_int64, c_uint64
+from ctypes import c_bool, c_double, c_float, c_int, c_int64, c_uint32, c_uint64
 from typing import Any, NamedTuple
 
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _DTYPES = tuple(SIZES)  # in the order of csrc/types.h
 ROWS_OF_WARPS = 4
+_LEAST_PART, _THREADS_OF_PARTS = 4, 128  # of scores: threads of a row, and of a block
 _WARP, _VECTOR_BYTES = 32, 16
 _MAX_GRID = 16 * 132 * 16
 _LAYER_NORM_THREADS, _SOFTMAX_THREADS = 512, 256  # of a row, at most
@@ -40,17 +41,34 @@ class Parameter(ctypes.Structure):
     _fields_ = (("data", c_uint64), ("is_wide", c_bool))
 
 
-class Softmax(ctypes.Structure):
-    """Of kernels.h."""
+class Divider(ctypes.Structure):
+    """Of indices.h."""
 
     _fields_ = (
-        ("dtype", c_int),
-        ("rows", c_int64),
-        ("length", c_int64),
-        ("n", c_int64),
-        ("heads", c_int64),
-        ("period", c_int64),
-        ("scale", c_double),
+        ("divisor", c_uint32),
+        ("factor", c_uint32),
+        ("first", c_int),
+        ("second", c_int),
+    )
+
+    @classmethod
+    def by(cls, divisor: int) -> Divider:
+        """For a divisor below 2³²."""
+        log = (divisor - 1).bit_length()
+        factor = (((1 << log) - divisor << 32) // divisor + 1) % (1 << 32)
+        return cls(divisor, factor, min(log, 1), log - min(log, 1))
+
+
+class Scores(ctypes.Structure):
+    """Of indices.h."""
+
+    _fields_ = (
+        ("rows", c_uint32),
+        ("pitch", c_uint32),
+        ("last", c_uint32 * 4),
+        ("n", Divider),
+        ("heads", Divider),
+        ("period", Divider),
     )
 
 
@@ -222,6 +240,11 @@ class SoftmaxRows(NamedTuple):
     shape: tuple[int, int, int, int]  # batch, heads, queries, keys
     scale: float = 1.0
     period: int = 1  # elements of bias
+    pitch: int = 0  # elements from row to row, as padded() has them
+
+    def padded(self) -> SoftmaxRows:
+        """With rows as native_cuda.py allocates them: at multiples of 16 bytes."""
+        return self._replace(pitch=-(-self.shape[3] // self._lanes) * self._lanes)
 
     def launch(
         self,
@@ -249,12 +272,7 @@ class SoftmaxRows(NamedTuple):
         }[order]
         batch, heads, n, length = self.shape
         rows = batch * heads * n
-        size = SIZES[self.dtype]
-        lanes = _VECTOR_BYTES // size
-        elements = 2 if length <= 2 * _WARP else 4 if size == 8 else 8
-        is_aligned = _aligned(*(at.get(one, 0) for one in (*reads, *writes)))
-        is_aligned = is_aligned and elements >= lanes
-        t = tiling_of(length, elements, lanes, is_aligned, _SOFTMAX_THREADS)
+        part, t = self._tiling(_aligned(*(at.get(one, 0) for one in (*reads, *writes))))
 
         def pointer(name: str) -> c_uint64:
             return c_uint64(at.get(name, 0))
@@ -264,7 +282,8 @@ class SoftmaxRows(NamedTuple):
                 return SoftmaxBias()
             *others, key = strides
             vectors = t.vectors and key == 1 and _aligned(at[name])
-            vectors = vectors and all(one % lanes == 0 for one in others)
+            vectors = vectors and all(one % self._lanes == 0 for one in others)
+            vectors = vectors and (length % self._lanes == 0 or any(others))
             return SoftmaxBias(at[name], *strides, vectors)
 
         log_sums = pointer("log_sums")
@@ -280,14 +299,36 @@ class SoftmaxRows(NamedTuple):
                 *(pointer("probabilities"), pointer("g"), pointer("ds"), pointer("as")),
             ),
         }[order]
-        shape = Softmax(
-            *(_DTYPES.index(self.dtype), rows, length, n, heads, self.period, self.scale)
+        ends = length % self._lanes * SIZES[self.dtype]  # bytes of a vector that holds a row's end
+        bits = (1 << 8 * ends) - 1
+        scores = Scores(
+            *(rows, self.pitch or length),
+            (c_uint32 * 4)(*(bits >> 32 * word & 0xFFFFFFFF for word in range(4))),
+            *(Divider.by(one) for one in (n, heads, self.period)),
         )
+        scale = (c_double if self.dtype == "float64" else c_float)(self.scale)
         names = (*reads, *writes, "bias", "t_bias", "log_sums")
         return Launch(
-            (order, self.dtype, (elements, int(t.threads == _WARP))),
-            (*arguments, shape, t),
-            (min(_groups(t, rows), grid or _MAX_GRID), 1),
+            (order, self.dtype, (part,)),
+            (*arguments, scale, scores, t),
+            (_groups(t, rows) if part else min(_groups(t, rows), grid or _MAX_GRID), 1),
             (t.threads, t.together),
             tuple(one for one in names if one in at),
         )
+
+    @property
+    def _lanes(self) -> int:
+        return _VECTOR_BYTES // SIZES[self.dtype]
+
+    def _tiling(self, is_aligned: bool) -> tuple[int, RowTiling]:
+        """With the threads of a part of a warp, or 0."""
+        length, elements = self.shape[3], 4 if self.dtype == "float64" else 8
+        vectors = is_aligned and (self.pitch or length) % self._lanes == 0
+        t = tiling_of(length, elements, self._lanes, vectors, _SOFTMAX_THREADS)
+        t.vectors = vectors
+        part = _LEAST_PART
+        while part < _WARP and part * 2 * elements < length:
+            part *= 2
+        if not vectors or not part * elements < length <= part * 2 * elements:
+            return 0, t
+        return part, RowTiling(length, part, _THREADS_OF_PARTS // part, 1, True)

@@ -488,9 +488,8 @@ def _softmax_launches(dtype: str, processors: int) -> Iterator[CudaCall]:
             biased = "bias" in subject
             at = _addresses([name for name in names if biased or "bias" not in name])
             n, length = shape[2:]
-            launch = cuda_launches.SoftmaxRows(dtype, shape).launch(
-                order, at, (0, n * length, length, 1)
-            )
+            call = cuda_launches.SoftmaxRows(dtype, shape).padded()
+            launch = call.launch(order, at, (0, n * call.pitch, call.pitch, 1))
             rows = math.prod(shape[:3])
             sizes = {"log_sums": rows * wide}
             sizes |= dict.fromkeys(("bias", "t_bias"), math.prod(shape[1:]) * size)

@@ -487,7 +487,7 @@ class _Thread:
 
 # What computes with data, moves them or waits; what it writes is not known.
 _OF_DATA = (
-    r"[DFH](ADD|MUL|FMA|SETP|SEL|MNMX|CHK)2?|MUFU|[FI]2[FI]P?|F2FP|U?LD[GSL]|ST[GSL]|SHFL|"
+    r"[DFH](ADD|MUL|FMA|SETP|SEL|MNMX|CHK)[23]?|MUFU|[FI]2[FI]P?|F2FP|U?LD[GSL]|ST[GSL]|SHFL|"
     r"BAR|BSSY|BSYNC|CALL|NOP|WARPSYNC|ENDCOLLECTIVE|VIADDMNMX"
 )
 _FUNCTIONS: dict[str, Callable[[_Thread, _Decoded], bool]] = {

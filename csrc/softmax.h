@@ -14,21 +14,30 @@ GN_INLINE T probability(T score, T log_sum) {
   return exp_negative<P>(score - log_sum);
 }
 
-// dS, with delta = sum(P dP).
-template <class T>
-GN_INLINE T backward(T p, T dp, T delta) {
-  return p * (dp - delta);
+// The logarithm of a sum of exponentials.
+template <class P, class T = typename P::real>
+GN_INLINE T log_of_sum(T sum) {
+  constexpr auto ln_2 = T(0.693147180559945309417);
+  if constexpr (P::is_fast) return ln_2 * fast_log2(sum);
+  return std::log(sum);
 }
 
-// The cotangents of dP, which is G, and of S, which is aS, from T and U = dO aV^T.
+// dS, of dP less its mean delta = sum(P dP).
 template <class T>
-struct DoubleBackward {
-  T tau, delta, rho;  // sum(P T), sum(P dP), sum(P (T dP + U)) - 2 tau delta
+GN_INLINE T backward(T p, T dp) {
+  return p * dp;
+}
 
-  GN_INLINE T for_dp(T p, T t) const { return p * (t - tau); }
-  GN_INLINE T for_s(T p, T dp, T t, T u) const {
-    return p * (t * (dp - delta) - tau * dp + u - rho);
-  }
-};
+// The cotangents of dP, which is G, and of S, which is aS, from T and U = dO aV^T: of T and dP less
+// their means tau = sum(P T) and delta, and with rho = sum(P (T dP + U)) - tau delta.
+template <class T>
+GN_INLINE T for_dp(T p, T t) {
+  return p * t;
+}
+
+template <class T>
+GN_INLINE T for_s(T p, T dp, T t, T u, T rho) {
+  return p * (t * dp + (u - rho));
+}
 
 }  // namespace gn_kernels::softmax

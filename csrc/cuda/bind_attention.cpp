@@ -11,17 +11,27 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// Of scores (batch, heads, n, m): the other tensors are like them.
+// Of scores (batch, heads, n, m): the other tensors are like them. They are contiguous, or begin
+// each row at the next multiple of 16 bytes; then what lies between two rows belongs to nobody.
 class Scores : public Call {
  public:
   Scores(const Tensor& products, const MaybeTensor& bias, double scale, const Tensor& log_sums)
       : Call(products), products(products) {
-    STD_TORCH_CHECK(products.dim() == 4 && products.is_contiguous(),
-                    "gn_kernels: products must be (batch, heads, N, M) and contiguous");
+    STD_TORCH_CHECK(products.dim() == 4, "gn_kernels: products must be (batch, heads, N, M)");
     const std::int64_t m = products.size(3);
     STD_TORCH_CHECK(m > 0, "gn_kernels: a row of scores must not be empty");
-    shape = {dtype_of(products), products.numel() / m,     m,    products.size(2),
-             products.size(1),   bias ? bias->size(0) : 1, scale};
+    const Dtype dtype = dtype_of(products);
+    const std::int64_t lanes = 16 / size_of(dtype);
+    const std::int64_t pitch = products.is_contiguous() ? m : (m + lanes - 1) / lanes * lanes;
+    shape = {dtype,
+             products.numel() / m,
+             m,
+             pitch,
+             products.size(2),
+             products.size(1),
+             bias ? bias->size(0) : 1,
+             scale};
+    check_rows(products);
     check_device(log_sums);
     STD_TORCH_CHECK(log_sums.is_contiguous() && log_sums.numel() == shape.rows,
                     "gn_kernels: log_sums must be contiguous, one number a row");
@@ -39,15 +49,27 @@ class Scores : public Call {
   void* memory(const MaybeTensor& x) const {
     if (!x) return nullptr;
     check_device(*x);
-    STD_TORCH_CHECK(x->is_contiguous() && x->numel() == products.numel() &&
-                        x->scalar_type() == products.scalar_type(),
-                    "gn_kernels: all scores must be contiguous, of one dtype and shape");
+    STD_TORCH_CHECK(x->dim() == 4 && x->scalar_type() == products.scalar_type(),
+                    "gn_kernels: all scores must have 4 dimensions and one dtype");
+    check_rows(*x);
     return x->data_ptr();
   }
 
   Softmax shape;
 
  private:
+  void check_rows(const Tensor& x) const {
+    bool fits = true;
+    std::int64_t stride = 1;
+    for (std::int64_t k = 3; k >= 0; --k) {
+      fits = fits && x.size(k) == products.size(k) && (x.size(k) == 1 || x.stride(k) == stride);
+      stride *= k == 3 ? shape.pitch : x.size(k);
+    }
+    STD_TORCH_CHECK(fits,
+                    "gn_kernels: all scores must be of one shape, contiguous or with each row at "
+                    "the next multiple of 16 bytes");
+  }
+
   const Tensor& products;
 };
 

@@ -104,16 +104,97 @@ GN_INLINE std::int64_t rows_of_grid(const RowTiling& t, unsigned grid) {
 
 GN_INLINE std::int64_t start_of_row(const RowTiling& t, std::int64_t row) { return row * t.n; }
 
+// --- Rows of scores, for softmax
+// ------------------------------------------------------------------
+
+// Rows that threads of one warp can hold share it with others: of four threads or more, as few as
+// hold a row. Then a row has more than half of what they hold, so that the first half of each
+// thread's vectors is whole.
+constexpr int kLeastPart = 4;
+constexpr int kThreadsOfParts = 128;  // of a block of such rows
+
+// So that a block's rows have numbers of 32 bits, also those that are not there.
+constexpr std::int64_t kMaxScoreRows = (std::int64_t(1) << 32) - kThreadsOfParts;
+
+// Rows begin `pitch` elements after each other, and are read in vectors where each begins at one.
+GN_INLINE bool in_vectors(std::int64_t pitch, int lanes, bool is_aligned) {
+  return is_aligned && pitch % lanes == 0;
+}
+
+// How many threads have a row of n scores, if it is in vectors; 0 if not a part of a warp.
+GN_INLINE int part_of_warp(std::int64_t n, int elements, int lanes, std::int64_t pitch,
+                           bool is_aligned) {
+  int part = kLeastPart;
+  while (part < kWarp && part * elements < n) part *= 2;
+  const bool holds = n <= part * elements && 2 * n > part * elements;
+  return holds && in_vectors(pitch, lanes, is_aligned) ? part : 0;
+}
+
+GN_INLINE RowTiling tiling_of_scores(std::int64_t n, int part, int elements, int lanes,
+                                     std::int64_t pitch, bool is_aligned, int most_threads) {
+  RowTiling t = tiling_of(n, elements, lanes, is_aligned, most_threads);
+  t.vectors = in_vectors(pitch, lanes, is_aligned);
+  if (part > 0) t.threads = part, t.together = kThreadsOfParts / part, t.chunks = 1;
+  return t;
+}
+
+GN_INLINE std::int64_t start_of_scores(std::uint32_t row, std::uint32_t pitch) {
+  return std::int64_t(std::uint64_t(row) * pitch);
+}
+
+// The bits of 32-bit word `word` of a vector that belong to its first `lanes` elements.
+GN_INLINE std::uint32_t bits_of_lanes(int lanes, int word, int size) {
+  const int bytes = lanes * size - 4 * word;
+  return bytes >= 4 ? ~0u : bytes <= 0 ? 0u : (1u << 8 * bytes) - 1;
+}
+
+// Divides by a number that is known at launch. Source: Granlund and Montgomery, Division by
+// invariant integers using multiplication, 1994, figure 4.1.
+struct Divider {
+  std::uint32_t divisor, factor;
+  int first, second;  // shifts
+
+  Divider() = default;
+  explicit Divider(std::int64_t by) : divisor(std::uint32_t(by)) {
+    int log = 0;
+    while (log < 32 && std::uint64_t(1) << log < divisor) ++log;
+    const std::uint64_t beyond = (std::uint64_t(1) << log) - divisor;
+    factor = std::uint32_t((beyond << 32) / divisor + 1);
+    first = log < 1 ? log : 1;
+    second = log - first;
+  }
+
+  GN_INLINE std::uint32_t quotient(std::uint32_t x) const {
+    const auto high = std::uint32_t(std::uint64_t(x) * factor >> 32);
+    return (high + ((x - high) >> first)) >> second;
+  }
+
+  // The remainder; x becomes the quotient.
+  GN_INLINE std::uint32_t split(std::uint32_t& x) const {
+    const std::uint32_t whole = quotient(x), rest = x - whole * divisor;
+    x = whole;
+    return rest;
+  }
+};
+
 // Where a row of (batch, heads, n) is in (period, heads, n); there are fewer than 2^32 rows.
 struct ScoreRow {
   std::uint32_t element, head, query;
 };
 
-GN_INLINE ScoreRow score_row(std::int64_t row, std::int64_t n, std::int64_t heads,
-                             std::int64_t period) {
-  const auto at = std::uint32_t(row), count = std::uint32_t(heads);
-  const std::uint32_t head = at / std::uint32_t(n);
-  return {head / count % std::uint32_t(period), head % count, at % std::uint32_t(n)};
-}
+// Scores as their kernels see them.
+struct Scores {
+  std::uint32_t rows, pitch;
+  std::uint32_t last[4];  // bits_of_lanes of a vector in which the row ends
+  Divider n, heads, period;
+
+  GN_INLINE ScoreRow at(std::uint32_t row) const {
+    ScoreRow found;
+    found.query = n.split(row);
+    found.head = heads.split(row);
+    found.element = period.split(row);
+    return found;
+  }
+};
 
 }  // namespace gn_kernels::cuda

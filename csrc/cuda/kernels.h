@@ -48,15 +48,18 @@ Error layer_norm_double_backward(const LayerNorm&, const void* v, const void* u,
                                  const void* mean, const void* rstd, void* for_grad, void* for_x,
                                  void* for_weight, void* partials, Stream);
 
-// Contiguous scores of attention, (batch, heads, n, length): `rows` rows in all.
+// Scores of attention, (batch, heads, n, length): `rows` rows in all, which begin `pitch` elements
+// after each other. What lies between a row's end and the next multiple of 16 bytes may hold
+// anything, and may be written. Rows at multiples of 16 bytes take much less time than others.
 struct Softmax {
   Dtype dtype;
-  std::int64_t rows, length, n, heads, period;
+  std::int64_t rows, length, pitch, n, heads, period;
   double scale;
 };
 
 // (period, heads, n, length) of the scores' dtype, or null; element b of the batch meets b %
-// period, and a stride is 0 where it broadcasts.
+// period, and a stride is 0 where it broadcasts. Of rows at multiples of 16 bytes the next multiple
+// after the end can be read, whatever is there.
 struct SoftmaxBias {
   const void* data = nullptr;
   std::int64_t element = 0, head = 0, query = 0, key = 0;

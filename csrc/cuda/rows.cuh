@@ -222,6 +222,7 @@ struct Add {
 struct Greater {  // NaN if either is
   template <class R>
   __device__ __forceinline__ R operator()(R a, R b) const {
+    if constexpr (kOnGpu && sizeof(R) == 4) return at_least(a, b);
     return a > b || a != a ? a : b;
   }
 };

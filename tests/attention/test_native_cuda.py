@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -58,19 +59,35 @@ def softmax_double_backward(
     fill(for_s, centred(t * (dp - delta) - tau * dp + u))
 
 
+def with_checked_rows(function):
+    """As the kernels read scores: in vectors, and what lies between rows holds anything."""
+
+    def check(products, bias, *others):
+        for one in (products, *others):
+            if isinstance(one, torch.Tensor) and one.shape == products.shape:
+                lanes = 16 // one.element_size()
+                assert one.stride(2) == -(-one.shape[3] // lanes) * lanes
+                assert one.stride()[:2] == (HEADS * N * one.stride(2), N * one.stride(2))
+                assert one.data_ptr() % 16 == 0
+                one._base[..., one.shape[3] :] = math.nan
+        function(products, bias, *others)
+
+    return check
+
+
 @pytest.fixture(autouse=True)
 def _kernels_in_plain_pytorch():
     library = torch.library.Library("gn_kernels", "IMPL")
     for function in (softmax_forward, softmax_backward, softmax_double_backward):
-        library.impl(f"{function.__name__}.native", function, "CPU")
+        library.impl(f"{function.__name__}.native", with_checked_rows(function), "CPU")
     yield
     library._destroy()
 
 
-def tensors(bias_shape):
+def tensors(bias_shape, n=N, m=M):
     torch.manual_seed(0)
-    q, aq, grad = (torch.randn(BATCH, HEADS, N, SIZE, dtype=torch.float64) for _ in range(3))
-    k, v, ak, av = (torch.randn(BATCH, HEADS, M, SIZE, dtype=torch.float64) for _ in range(4))
+    q, aq, grad = (torch.randn(BATCH, HEADS, n, SIZE, dtype=torch.float64) for _ in range(3))
+    k, v, ak, av = (torch.randn(BATCH, HEADS, m, SIZE, dtype=torch.float64) for _ in range(4))
     bias = abias = None
     if bias_shape is not None:
         bias, abias = (torch.randn(bias_shape, dtype=torch.float64) for _ in range(2))
@@ -114,3 +131,56 @@ def test_three_orders(bias_shape):
             targets = filled(expected)
             native_cuda.double_backward(*some, grad, *inputs, out, lse, scale, *targets)
             torch.testing.assert_close(targets, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "m"), [(5, 49), (5, 8), (1, 7), (5, 1), (1, 1)])
+def test_products_lie_in_padded_rows_without_a_copy(n, m, dtype):
+    (q, k, _, _), (aq, *_), _ = tensors(None, n, m)
+    q, k, aq = (one.to(dtype) for one in (q, k, aq))
+    with torch.profiler.profile() as profile, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = native_cuda._scores(q, k, 0.5)
+        between = scores._base[..., m:].fill_(math.nan)
+        rows = [native_cuda._rows(scores, k, 0.5), native_cuda._rows(scores.mT, q, 0.5)]
+    assert scores.stride(2) * dtype.itemsize == -(-m * dtype.itemsize // 16) * 16
+    assert not {one.key for one in profile.key_averages()} & {"aten::copy_", "aten::clone"}
+    expected = 0.5 * q.double() @ k.double().mT
+    bound = 8 * torch.finfo(dtype).eps * expected.abs().max()
+    torch.testing.assert_close(scores.double(), expected, rtol=0.0, atol=bound)
+    for row, left, right in ((rows[0], scores, k), (rows[1], scores.mT, q)):
+        truth = 0.5 * left.double() @ right.double()
+        bound = 8 * torch.finfo(dtype).eps * truth.abs().max()
+        torch.testing.assert_close(row.double(), truth, rtol=0.0, atol=bound)
+    same = native_cuda._scores(aq, k, 0.5, plus=scores)
+    assert same is scores
+    expected = expected + 0.5 * aq.double() @ k.double().mT
+    bound = 16 * torch.finfo(dtype).eps * expected.abs().max()
+    torch.testing.assert_close(same.double(), expected, rtol=0.0, atol=bound)
+    assert between.isnan().all()
+
+
+def test_the_factor_comes_before_the_rounding():
+    q = torch.full((1, 1, 2, 64), 64.0, dtype=torch.float16)  # products of 2¹⁸
+    scores = native_cuda._scores(q, q, 0.125)
+    assert (scores == 2.0**15).all()
+    assert (native_cuda._rows(scores, q, 2.0**-11) == 2.0**11).all()
+
+
+def test_a_small_bias_is_copied_into_padded_rows():
+    scores = native_cuda._padded((64, 2, 7, 49), torch.empty(0, dtype=torch.bfloat16))
+    for shape, padded in (
+        ((1, 2, 7, 49), True),
+        ((8, 1, 1, 49), True),
+        ((32, 2, 7, 49), False),  # half of the scores
+        ((1, 2, 7, 1), False),
+        ((1, 2, 7, 56), False),  # lies so already
+    ):
+        bias = torch.randn(shape).bfloat16()
+        found = native_cuda._aligned(bias, scores)
+        assert (found is not bias) == padded
+        assert torch.equal(found, bias)
+        if padded:
+            assert found.stride(2) == 56
+            assert native_cuda._aligned(found, scores) is found
+    assert native_cuda._aligned(None, scores) is None

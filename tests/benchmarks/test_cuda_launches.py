@@ -58,8 +58,8 @@ def launched(folder: Path, source: str, calls: list[str]) -> list[list[str]]:
 
 def fields(value):
     if isinstance(value, ctypes.Structure):
-        return tuple(getattr(value, name) for name, *_ in value._fields_)
-    return value.value
+        return tuple(fields(getattr(value, name)) for name, *_ in value._fields_)
+    return tuple(value) if isinstance(value, ctypes.Array) else getattr(value, "value", value)
 
 
 def check(launches: list[Launch], printed: list[list[str]]) -> None:
@@ -122,18 +122,27 @@ def test_softmax(tmp_path):
     )
     expected, calls = [], []
     for dtype, size in SIZES.items():
-        for shape, strides, shift, absent in (
-            ((64, 12, 197, 197), (0, 0, 0, 0), 0, ("bias", "t_bias")),
-            ((256, 16, 49, 49), (0, 2401, 49, 1), 0, ()),
-            ((4, 2, 3, 64), (384, 192, 64, 1), 0, ("g", "u")),
-            ((4, 2, 3, 64), (384, 192, 64, 1), 1, ("t_bias",)),
-            ((4, 2, 3, 256), (768, 0, 256, 1), 0, ("dp",)),
-            ((4, 2, 3, 4104), (0, 0, 1, 0), 0, ("probabilities", "as")),
+        for shape, pitch, strides, shift, absent in (
+            ((64, 12, 197, 197), 200, (0, 0, 0, 0), 0, ("bias", "t_bias")),
+            ((64, 12, 197, 197), 0, (0, 0, 0, 0), 0, ("bias", "t_bias")),
+            ((256, 16, 49, 49), 56, (0, 2744, 56, 1), 0, ()),
+            ((256, 16, 49, 49), 56, (0, 2401, 49, 1), 0, ()),
+            ((256, 16, 49, 49), 56, (0, 0, 0, 1), 0, ()),
+            ((256, 16, 49, 49), 49, (0, 2744, 56, 1), 0, ()),
+            ((4, 2, 3, 64), 0, (384, 192, 64, 1), 0, ("g", "u")),
+            ((4, 2, 3, 64), 0, (0, 0, 0, 1), 0, ("g", "u")),
+            ((4, 2, 3, 64), 72, (384, 192, 64, 1), 1, ("t_bias",)),
+            ((4, 2, 3, 256), 0, (768, 0, 256, 1), 0, ("dp",)),
+            ((4, 2, 3, 257), 264, (792, 0, 264, 1), 0, ("dp",)),
+            ((1, 1, 3, 7), 8, (0, 0, 8, 1), 0, ()),
+            ((2, 40000, 3, 100), 104, (0, 312, 104, 1), 0, ()),
+            ((2, 40000, 3, 100), 0, (0, 0, 0, 1), 0, ()),
+            ((4, 2, 3, 4104), 0, (0, 0, 1, 0), 0, ("probabilities", "as")),
         ):
             at = {name: (k + 1 << 24) + shift * size for k, name in enumerate(names)}
             at = {name: address for name, address in at.items() if name not in absent}
             batch, heads, n, length = shape
-            call = SoftmaxRows(dtype, shape, 0.25, 2)
+            call = SoftmaxRows(dtype, shape, 0.25, 2, pitch)
             p = {name: f"at({at.get(name, 0)})" for name in names}
             bias, t_bias = (
                 f"SoftmaxBias{{{p[name]}, {', '.join(map(str, strides))}}}" if name in at
@@ -141,8 +150,8 @@ def test_softmax(tmp_path):
                 for name in ("bias", "t_bias")
             )  # fmt: skip
             a = (
-                f"Softmax{{Dtype::{NAMES[dtype]}, {batch * heads * n}, {length}, {n}, {heads}, 2,"
-                " 0.25}"
+                f"Softmax{{Dtype::{NAMES[dtype]}, {batch * heads * n}, {length},"
+                f" {pitch or length}, {n}, {heads}, 2, 0.25}}"
             )
             calls += [
                 f"softmax_forward({a}, {p['products']}, {bias}, {p['probabilities']},"

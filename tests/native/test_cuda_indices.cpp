@@ -132,8 +132,8 @@ struct Holding {
   int elements, lanes, most_threads;
 };
 // LayerNorm's and softmax's of 2, 4 and 8 bytes.
-constexpr Holding kHoldings[] = {{8, 8, 512}, {8, 4, 512}, {8, 2, 256}, {8, 8, 256},
-                                 {8, 4, 256}, {4, 2, 256}, {2, 2, 256}};
+constexpr Holding kHoldings[] = {{8, 8, 512}, {8, 4, 512}, {8, 2, 256},
+                                 {8, 8, 256}, {8, 4, 256}, {4, 2, 256}};
 
 void test_every_row_length() {
   for (std::int64_t n = 1; n <= 4200; ++n) {
@@ -189,15 +189,110 @@ void test_rows_of_a_grid() {
   }
 }
 
+// Threads of a part of a warp have every column of a row once, in vectors of which the first half
+// is whole; rows that are not in vectors, or that have another number of columns, have no such
+// part.
+void test_parts_of_warps() {
+  struct {
+    int of_part, elements, lanes;
+  } const holdings[] = {{16, 8, 8}, {16, 8, 4}, {8, 4, 2}};  // of 2, 4 and 8 bytes
+  for (std::int64_t n = 1; n <= 700; ++n) {
+    for (const auto& [of_part, elements, lanes] : holdings) {
+      for (const std::int64_t pitch : {n, (n + lanes - 1) / lanes * lanes, n + 3}) {
+        for (const bool is_aligned : {false, true}) {
+          const bool vectors = is_aligned && pitch % lanes == 0;
+          const int part = part_of_warp(n, of_part, lanes, pitch, is_aligned);
+          const RowTiling t = tiling_of_scores(n, part, elements, lanes, pitch, is_aligned, 256);
+          CHECK(t.vectors == vectors && t.n == n, "vectors of %d", int(n));
+          CHECK((part > 0) == (vectors && n > 2 * of_part && n <= kWarp * of_part),
+                "a part of %d for %d", part, int(n));
+          if (part == 0) {
+            CHECK(t.threads >= kWarp, "%d threads for %d", t.threads, int(n));
+            continue;
+          }
+          CHECK(t.threads == part && t.threads * t.together == kThreadsOfParts && t.chunks == 1,
+                "%d threads of %d for %d", t.threads, t.together, int(n));
+          std::vector<int> count(static_cast<std::size_t>(n));
+          for (int thread = 0; thread < part; ++thread) {
+            for (int v = 0; v < of_part / lanes; ++v) {
+              const int column = start_of_vector(thread, v, part, lanes);
+              CHECK(v >= of_part / lanes / 2 || column + lanes <= n, "vector %d of %d", v, int(n));
+              CHECK(column >= n || column + lanes <= pitch, "vector %d of %d", v, int(n));
+              for (int lane = 0; lane < lanes && column + lane < n; ++lane) {
+                ++count[static_cast<std::size_t>(column + lane)];
+              }
+            }
+          }
+          check_once(count, n, lanes);
+        }
+      }
+    }
+  }
+}
+
+// The elements of a vector that are masked, byte by byte.
+void test_bits_of_lanes() {
+  for (const int size : {2, 4, 8}) {
+    for (int lanes = 0; lanes <= kVectorBytes / size; ++lanes) {
+      for (int byte = 0; byte < kVectorBytes; ++byte) {
+        const std::uint32_t bits = bits_of_lanes(lanes, byte / 4, size) >> 8 * (byte % 4) & 0xff;
+        CHECK(bits == (byte < lanes * size ? 0xffu : 0u), "%d lanes of %d, byte %d", lanes, size,
+              byte);
+      }
+    }
+  }
+}
+
+// Rows with a distance between them, up to the last ones: near the end of a tensor with about as
+// many elements as a 32-bit number counts, and of one with as many rows.
+void test_start_of_scores() {
+  const std::int64_t edge = std::int64_t(1) << 31;
+  for (const std::int64_t pitch : {std::int64_t(1), std::int64_t(56), std::int64_t(200),
+                                   std::int64_t(4104), edge - 8, edge - 1}) {
+    for (const std::int64_t near : {edge / pitch, 2 * edge / pitch, edge, kMaxScoreRows}) {
+      for (std::int64_t row = near - 9; row < near + 9; ++row) {
+        if (row < 0 || row >= kMaxScoreRows + kThreadsOfParts) continue;
+        const std::int64_t start = start_of_scores(std::uint32_t(row), std::uint32_t(pitch));
+        CHECK(start == row * pitch && start / pitch == row, "row %lld starts at %lld",
+              static_cast<long long>(row), static_cast<long long>(start));
+      }
+    }
+  }
+}
+
+void test_dividers() {
+  const std::int64_t end = std::int64_t(1) << 32;
+  for (const std::int64_t near :
+       {std::int64_t(1), std::int64_t(49), std::int64_t(197), std::int64_t(65536), end / 2, end}) {
+    for (std::int64_t divisor = near - 70; divisor <= near + 70; ++divisor) {
+      if (divisor < 1 || divisor >= end) continue;
+      const Divider by(divisor);
+      const auto check = [&](std::int64_t x) {
+        if (x < 0 || x >= end) return;
+        auto whole = std::uint32_t(x);
+        const std::int64_t rest = by.split(whole);
+        CHECK(whole == x / divisor && rest == x % divisor, "%lld by %lld",
+              static_cast<long long>(x), static_cast<long long>(divisor));
+      };
+      for (std::int64_t x = 0; x < 300; ++x) check(x), check(end / 2 - x), check(end - 1 - x);
+      for (std::int64_t k = 1; k <= 300; ++k) {  // beside multiples all over the range
+        const std::int64_t multiple = (end / divisor) * k / 300 * divisor;
+        for (std::int64_t x = multiple - 2; x <= multiple + 2; ++x) check(x);
+      }
+    }
+  }
+}
+
 // Up to the last of 2^32 rows.
 void test_rows_of_scores() {
   const std::int64_t end = std::int64_t(1) << 32;
   for (const std::int64_t n : {1, 49, 197, 65536}) {
     for (const std::int64_t heads : {1, 3, 12}) {
-      for (const std::int64_t from : {std::int64_t(0), end / 2 - 300, end - 300}) {
-        for (std::int64_t row = from; row < from + 300; ++row) {
-          for (const std::int64_t period : {std::int64_t(1), std::int64_t(64), end - 1}) {
-            const ScoreRow at = score_row(row, n, heads, period);
+      for (const std::int64_t period : {std::int64_t(1), std::int64_t(64), end - 1}) {
+        const Scores scores{0, 0, {}, Divider(n), Divider(heads), Divider(period)};
+        for (const std::int64_t from : {std::int64_t(0), end / 2 - 300, end - 300}) {
+          for (std::int64_t row = from; row < from + 300; ++row) {
+            const ScoreRow at = scores.at(std::uint32_t(row));
             CHECK(at.query == row % n && at.head == row / n % heads &&
                       at.element == row / n / heads % period,
                   "row %lld", static_cast<long long>(row));
@@ -217,6 +312,10 @@ int main() {
   test_every_row_length();
   test_rows_of_2_30();
   test_rows_of_a_grid();
+  test_parts_of_warps();
+  test_bits_of_lanes();
+  test_start_of_scores();
+  test_dividers();
   test_rows_of_scores();
   std::printf("%d failures\n", failures);
   return failures != 0;

@@ -97,18 +97,20 @@ void fill(Tensor& x, double scale = 1, double offset = 0) {
 }
 
 // `roundings` are of the arithmetic, relative to the largest magnitude among the numbers; one is of
-// the result itself.
+// the result itself. Rows of `length` may begin `pitch` numbers after each other.
 void check_close(const char* what, const Tensor& got, const std::vector<Real>& expected,
-                 Real roundings, std::int64_t length) {
+                 Real roundings, std::int64_t length, std::int64_t pitch = 0) {
   Real largest = 0;
   for (const Real one : expected) largest = std::fmax(largest, std::fabs(one));
   for (std::size_t i = 0; i < expected.size(); ++i) {
-    const Real error = std::fabs(got[std::int64_t(i)] - expected[i]);
+    const auto at = std::int64_t(i);
+    const Real value = got[pitch == 0 ? at : at / length * pitch + at % length];
+    const Real error = std::fabs(value - expected[i]);
     const Real allowed = unit_of(got.dtype) * std::fabs(expected[i]) +
                          roundings * unit_of(wide_of(got.dtype)) * largest +
                          (got.dtype == Dtype::Float16 ? std::ldexp(Real(1), -25) : 0);
-    CHECK(error <= allowed, "%s: %Lg for %Lg at %zu, dtype %d, rows of %lld", what,
-          got[std::int64_t(i)], expected[i], i, int(got.dtype), static_cast<long long>(length));
+    CHECK(error <= allowed, "%s: %Lg for %Lg at %zu, dtype %d, rows of %lld", what, value,
+          expected[i], i, int(got.dtype), static_cast<long long>(length));
   }
 }
 
@@ -271,21 +273,46 @@ void test_layer_norms() {
 
 enum class Bias { None, Full, OfKeys, OfQueries, Masked };
 
-void test_softmax(Dtype dtype, std::int64_t m, Bias kind, int gap) {
+std::int64_t padded(std::int64_t m, Dtype dtype) {
+  const std::int64_t lanes = 16 / dtype_size(dtype);
+  return (m + lanes - 1) / lanes * lanes;
+}
+
+// Rows of m numbers, NaN between them.
+void fill_rows(Tensor& x, std::int64_t m, std::int64_t pitch, double scale = 1) {
+  for (std::int64_t i = 0; i < x.n; ++i) {
+    const double one = scale * random_number();
+    x.set(i, i % pitch < m ? one : NAN);
+  }
+}
+
+// Whether rows of scores, and of a bias, begin at multiples of 16 bytes; how far from them scores
+// are.
+struct Layout {
+  bool padded, padded_bias;
+  int gap;
+};
+
+void test_softmax(Dtype dtype, std::int64_t m, Bias kind, Layout layout, double scale = 0.25) {
   const std::int64_t batch = 4, heads = 2, n = 3, period = 2, rows = batch * heads * n;
+  const std::int64_t pitch = layout.padded ? padded(m, dtype) : m, all = rows * pitch;
   const Dtype wide = wide_of(dtype);
-  Tensor s(dtype, rows * m, gap), dp(dtype, rows * m), ts(dtype, rows * m), us(dtype, rows * m);
-  Tensor p(dtype, rows * m), p_again(dtype, rows * m), g(dtype, rows * m, gap), ds(dtype, rows * m),
-      ds_again(dtype, rows * m), as(dtype, rows * m), log_sums(wide, rows);
-  for (Tensor* one : {&s, &dp, &ts, &us}) fill(*one, 2);
+  Tensor s(dtype, all, layout.gap), dp(dtype, all), ts(dtype, all), us(dtype, all);
+  Tensor p(dtype, all), p_of_backward(dtype, all), p_again(dtype, all), g(dtype, all, layout.gap),
+      ds(dtype, all), ds_again(dtype, all), as(dtype, all), log_sums(wide, rows);
+  for (Tensor* one : {&s, &dp, &ts, &us}) fill_rows(*one, m, pitch, 2);
   cuda::SoftmaxBias bias, t_bias;
-  const std::int64_t size = kind == Bias::OfKeys ? m : kind == Bias::OfQueries ? n : heads * n * m;
+  const std::int64_t bias_pitch = layout.padded_bias ? padded(m, dtype) : m;
+  const std::int64_t size = kind == Bias::OfKeys      ? bias_pitch
+                            : kind == Bias::OfQueries ? n
+                                                      : heads * n * bias_pitch;
   Tensor biases(dtype, period * size), t_biases(dtype, period * size);
-  fill(biases);
-  fill(t_biases);
+  const bool of_queries = kind == Bias::OfQueries;
+  fill_rows(biases, of_queries ? n : m, of_queries ? n : bias_pitch);
+  fill_rows(t_biases, of_queries ? n : m, of_queries ? n : bias_pitch);
   if (kind == Bias::Masked) {  // a third of the scores, and the whole of the first row
     for (std::int64_t i = 0; i < biases.n; ++i) {
-      if (i < m || i % 3 == 0) biases.set(i, -INFINITY);
+      if (i % bias_pitch < m && (i < m || i % 3 == 0)) biases.set(i, -INFINITY);
     }
   }
   if (kind != Bias::None) {
@@ -293,20 +320,25 @@ void test_softmax(Dtype dtype, std::int64_t m, Bias kind, int gap) {
     if (kind == Bias::OfKeys) bias.key = 1;
     if (kind == Bias::OfQueries) bias.query = 1;
     if (kind == Bias::Full || kind == Bias::Masked) {
-      bias.head = n * m, bias.query = m, bias.key = 1;
+      bias.head = n * bias_pitch, bias.query = bias_pitch, bias.key = 1;
     }
     t_bias = bias;
     bias.data = biases.data;
     t_bias.data = t_biases.data;
   }
-  const double scale = 0.25;
-  const cuda::Softmax a{dtype, rows, m, n, heads, period, scale};
+  const cuda::Softmax a{dtype, rows, m, pitch, n, heads, period, scale};
   cuda::softmax_forward(a, s.data, bias, p.data, log_sums.data, nullptr);
-  cuda::softmax_backward(a, s.data, bias, log_sums.data, dp.data, p_again.data, ds.data, nullptr);
-  for (std::int64_t i = 0; i < rows * m; ++i) CHECK(p[i] == p_again[i], "other bits of P");
+  cuda::softmax_backward(a, s.data, bias, log_sums.data, dp.data, p_of_backward.data, ds.data,
+                         nullptr);
   cuda::softmax_double_backward(a, s.data, bias, log_sums.data, dp.data, ts.data, t_bias, us.data,
                                 p_again.data, g.data, ds_again.data, as.data, nullptr);
-  for (std::int64_t i = 0; i < rows * m; ++i) CHECK(p[i] == p_again[i], "other bits of P");
+  const auto same_bits = [&](const Tensor& one, const Tensor& other, const char* what) {
+    for (std::int64_t i = 0; i < all; ++i) {
+      CHECK(i % pitch >= m || one[i] == other[i], "other bits of %s", what);
+    }
+  };
+  same_bits(p_of_backward, p_again, "P");
+  same_bits(ds, ds_again, "dS");
 
   std::vector<Real> ps, gs, dss, ass;
   for (std::int64_t row = 0; row < rows; ++row) {
@@ -317,7 +349,7 @@ void test_softmax(Dtype dtype, std::int64_t m, Bias kind, int gap) {
         const Real own = kind == Bias::None ? 0
                                             : from[element * where.element + head * where.head +
                                                    query * where.query + j * where.key];
-        return Real(scale) * scores[row * m + j] + own;
+        return Real(scale) * scores[row * pitch + j] + own;
       });
     };
     const auto score = with_bias(s, bias, biases), t = with_bias(ts, t_bias, t_biases);
@@ -335,7 +367,7 @@ void test_softmax(Dtype dtype, std::int64_t m, Bias kind, int gap) {
       for (std::int64_t j = 0; j < m; ++j) all += f(j);
       return all;
     };
-    const auto at = [&](const Tensor& tensor, std::int64_t j) { return tensor[row * m + j]; };
+    const auto at = [&](const Tensor& tensor, std::int64_t j) { return tensor[row * pitch + j]; };
     const Real tau = total([&](auto j) { return prob[j] * t[j]; });
     const Real delta = total([&](auto j) { return prob[j] * at(dp, j); });
     const auto ap =
@@ -349,23 +381,50 @@ void test_softmax(Dtype dtype, std::int64_t m, Bias kind, int gap) {
     }
   }
   const Real many = 60 + 2 * std::sqrt(Real(m));
-  check_close("P", p, ps, many, m);
+  check_close("P", p, ps, many, m, pitch);
   if (m == 1) return;  // the others are 0 but for roundings
-  check_close("G", g, gs, 2 * many, m);
-  check_close("dS", ds, dss, 2 * many, m);
-  check_close("dS again", ds_again, dss, 2 * many, m);
-  check_close("aS", as, ass, 8 * many, m);
+  check_close("G", g, gs, 2 * many, m, pitch);
+  check_close("dS", ds, dss, 2 * many, m, pitch);
+  check_close("dS again", ds_again, dss, 2 * many, m, pitch);
+  check_close("aS", as, ass, 8 * many, m, pitch);
+}
+
+// Rows in which every score is the lowest number there is, as masks are made: all are as probable.
+void test_lowest(Dtype dtype, std::int64_t m) {
+  const double lowest = dtype == Dtype::Float16   ? -65504
+                        : dtype == Dtype::Float64 ? -std::numeric_limits<double>::max()
+                                                  : -0x1.fep127;
+  const std::int64_t rows = 3, pitch = padded(m, dtype), all = rows * pitch;
+  Tensor s(dtype, all), p(dtype, all), log_sums(wide_of(dtype), rows);
+  for (std::int64_t i = 0; i < all; ++i) s.set(i, lowest);
+  const cuda::Softmax a{dtype, rows, m, pitch, rows, 1, 1, 1};
+  cuda::softmax_forward(a, s.data, {}, p.data, log_sums.data, nullptr);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t j = 0; j < m; ++j) {
+      const Real error = std::fabs(p[row * pitch + j] * Real(m) - 1);
+      CHECK(error <= 2 * unit_of(dtype), "%Lg of %d scores", p[row * pitch + j], int(m));
+    }
+  }
 }
 
 void test_softmaxes() {
   for (const Dtype dtype : {Dtype::Float16, Dtype::BFloat16, Dtype::Float32, Dtype::Float64}) {
     for (const Bias kind : {Bias::None, Bias::Full, Bias::OfKeys, Bias::OfQueries, Bias::Masked}) {
       for (const std::int64_t m : {1, 7, 49, 64, 65, 72, 197, 256, 577}) {
-        test_softmax(dtype, m, kind, m % 2);
+        test_softmax(dtype, m, kind, {false, false, int(m % 2)});
       }
+      for (const std::int64_t m : {1, 7, 31, 33, 49, 63, 65, 100, 127, 197, 255, 257, 577}) {
+        test_softmax(dtype, m, kind, {true, m % 4 == 1, 0});
+      }
+      test_softmax(dtype, 49, kind, {true, false, 0}, 1);
+      test_softmax(dtype, 197, kind, {true, true, 0}, -1);
+      test_softmax(dtype, 49, kind, {true, true, 1});
+      test_softmax(dtype, 577, kind, {true, true, 0}, -1);
     }
-    test_softmax(dtype, 4100, Bias::Full, 0);
-    test_softmax(dtype, 4104, Bias::None, 0);
+    test_softmax(dtype, 4100, Bias::Full, {false, false, 0});
+    test_softmax(dtype, 4101, Bias::Full, {true, true, 0});
+    test_softmax(dtype, 4104, Bias::None, {false, false, 0});
+    for (const std::int64_t m : {7, 49, 197, 577}) test_lowest(dtype, m);
   }
 }
 

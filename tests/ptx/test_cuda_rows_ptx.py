@@ -78,9 +78,17 @@ class Tensors:
         arguments = [bytes(one) for one in launch.arguments]
         run(kernels[launch.kernel], self.memory, arguments, launch.grid, launch.block)
 
-    def result(self, name: str, times: int = 1) -> Tensor:
-        assert (self.memory.writes(self.at[name]) == times).all(), name
-        return tensor_of(self.memory, self.at[name], self.dtypes[name])
+    def result(self, name: str, length: int = 0, pitch: int = 0) -> Tensor:
+        """What every byte was written of once; of rows in a distance, what belongs to them."""
+        writes, dtype = self.memory.writes(self.at[name]), self.dtypes[name]
+        value = tensor_of(self.memory, self.at[name], dtype)
+        if length:
+            value = value.view(-1, pitch)[:, :length]
+            writes = writes.reshape(-1, pitch * dtype.itemsize)
+            assert (writes[:, length * dtype.itemsize :] <= 1).all(), name
+            writes = writes[:, : length * dtype.itemsize]
+        assert (writes == 1).all(), name
+        return value
 
     def reads(self, name: str, row_length: int, itemsize: int) -> np.ndarray:
         """How often each element was read, in rows; all bytes of it alike."""
@@ -98,10 +106,9 @@ def passes(t: RowTiling, elements: int, sweeps: int) -> np.ndarray:
     return count
 
 
-def elements_of(dtype: str, length: int, family: str) -> int:
-    if family == "softmax":
-        return 2 if length <= 64 else 4 if dtype == "float64" else 8
-    return 8
+def elements_of(dtype: str, part: int) -> int:
+    """That a thread of the softmax holds: of whole warps, and of rows that share one."""
+    return (4 if dtype == "float64" else 8) * (2 if part else 1)
 
 
 def tiling(launch: Launch) -> RowTiling:
@@ -140,7 +147,7 @@ def check_layer_norm(kernels: Kernels, rows: Rows) -> None:
     tensors = Tensors({name: getattr(case, name) for name in inputs}, rows.shift)
     names = {torch.float32: "float32", torch.float64: "float64"} | {DTYPES[rows.dtype]: rows.dtype}
     call = LayerNorm(rows.dtype, names[of_parameters], rows.rows, rows.length, processors=1)
-    size, elements = rows.rows * rows.length, elements_of(rows.dtype, rows.length, "layer_norm")
+    size, elements = rows.rows * rows.length, 8
     results: dict[str, Tensor] = {}
 
     def execute(order: str, read: Sequence[str], written: dict[str, str], sums: dict[str, str]):
@@ -296,9 +303,12 @@ class Scores(NamedTuple):
     shift: int = 0
     grid: int = 0
     without: str = ""  # inputs and results, of backward and double_backward
+    padded: bool = True  # rows, as native_cuda.py has them
+    padded_bias: bool = True
+    scale: float = 0.25
 
 
-BATCH, HEADS, QUERIES, PERIOD, SCALE = 4, 2, 3, 2, 0.25
+BATCH, HEADS, QUERIES, PERIOD = 4, 2, 3, 2
 SOFTMAX_NAMES = {"P": "probabilities", "dS": "ds", "G": "g", "aS": "as"}
 
 
@@ -319,7 +329,18 @@ def bias_of(kind: str, length: int, generator: torch.Generator) -> Tensor | None
     return values
 
 
-def softmax_truth(given: dict[str, Tensor | None]) -> dict[str, Tensor]:
+def in_rows(one: Tensor, pitch: int) -> Tensor:
+    """A view of memory whose rows begin ``pitch`` elements after each other, NaN between them."""
+    *rows, length = one.shape
+    memory = one.new_full((*rows, pitch), torch.nan)
+    return memory[..., :length].copy_(one)
+
+
+def memory_of(one: Tensor | None) -> Tensor | None:
+    return one if one is None or one._base is None else one._base
+
+
+def softmax_truth(given: dict[str, Tensor | None], scale: float) -> dict[str, Tensor]:
     """By autograd in float64; what is absent is 0, and rows without a score too."""
 
     def number(name: str, factor: float = 1.0) -> Tensor:
@@ -329,8 +350,8 @@ def softmax_truth(given: dict[str, Tensor | None]) -> dict[str, Tensor]:
             return zero
         return zero + factor * one.double().repeat(zero.shape[0] // one.shape[0], 1, 1, 1)
 
-    s = (number("products", SCALE) + number("bias")).requires_grad_()
-    t = number("t_products", SCALE) + number("t_bias").nan_to_num(neginf=0.0)
+    s = (number("products", scale) + number("bias")).requires_grad_()
+    t = number("t_products", scale) + number("t_bias").nan_to_num(neginf=0.0)
     dp = number("dp").requires_grad_()
     p = torch.softmax(s, -1)
     (ds,) = torch.autograd.grad(p, s, dp, create_graph=True)
@@ -347,25 +368,29 @@ def check_softmax(kernels: Kernels, scores: Scores) -> None:
     generator = torch.Generator().manual_seed(length)
     shape = (BATCH, HEADS, QUERIES, length)
     absent = scores.without.split()
+    padded = SoftmaxRows(scores.dtype, shape).padded().pitch
+    pitch = padded if scores.padded else length
     given: dict[str, Tensor | None] = {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64).mul(2).to(kind)
+        name: in_rows(torch.randn(shape, generator=generator).double().mul(2).to(kind), pitch)
         for name in ("products", "dp", "t_products", "u")
     }
     for name in ("bias", "t_bias"):
         one = bias_of(scores.bias if name == "bias" else scores.bias.replace("masked", "full"),
                       length, generator)  # fmt: skip
-        given[name] = None if one is None else one.to(kind)
+        if one is not None:
+            has_rows = scores.padded_bias and one.shape[-1] > 1
+            one = in_rows(one.to(kind), padded if has_rows else one.shape[-1])
+        given[name] = one
     given |= dict.fromkeys(set(absent) & given.keys())
     bias = given["bias"]
     strides = (0, 0, 0, 0)
     if bias is not None:
         strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
-    tensors = Tensors(given, scores.shift)
+    tensors = Tensors({name: memory_of(one) for name, one in given.items()}, scores.shift)
     tensors.reserve("log_sums", BATCH * HEADS * QUERIES, wide)
     period = 1 if bias is None else bias.shape[0]
-    call = SoftmaxRows(scores.dtype, shape, SCALE, period)
-    expected = softmax_truth(given)
-    elements = elements_of(scores.dtype, length, "softmax")
+    call = SoftmaxRows(scores.dtype, shape, scores.scale, period, pitch)
+    expected = softmax_truth(given, scores.scale)
     unit_wide = 2.0**-53 if kind == torch.float64 else 2.0**-24
     many = 60 + 2 * length**0.5
     roundings = {"P": many, "dS": 2 * many, "G": 2 * many, "aS": 8 * many}
@@ -382,7 +407,7 @@ def check_softmax(kernels: Kernels, scores: Scores) -> None:
     def execute(order: str, read: Sequence[str], written: Sequence[str], sweeps: int) -> None:
         written = [SOFTMAX_NAMES[name] for name in written if name not in absent]
         for name in written:
-            tensors.reserve(name, BATCH * HEADS * QUERIES * length, kind)
+            tensors.reserve(name, BATCH * HEADS * QUERIES * pitch, kind)
         at = tensors.of(*read, *written, "bias", "t_bias", "log_sums")
         names = {*read, "bias", "t_bias"} & at.keys()
         if order != "double_backward":
@@ -390,19 +415,26 @@ def check_softmax(kernels: Kernels, scores: Scores) -> None:
         before = {one: tensors.reads(one, 1, kind.itemsize).copy() for one in names}
         launch = call.launch(order, at, strides, scores.grid)
         tensors.run(kernels, launch)
-        count = passes(tiling(launch), elements, sweeps)
+        t, (part,) = tiling(launch), launch.kernel[2]
+        count = np.broadcast_to(passes(t, elements_of(scores.dtype, part), sweeps), shape).copy()
+        if part:  # places of a block that are left over read its last row
+            count[-1, -1, -1] += -BATCH * HEADS * QUERIES % t.together
         for name in names:
-            times = (tensors.reads(name, 1, kind.itemsize) - before[name])[:, 0]
-            expected_times = np.broadcast_to(count, shape)
+            one = given[name]
+            width = memory_of(one).shape[-1]
+            times = tensors.reads(name, width, kind.itemsize) - before[name].reshape(-1, width)
+            # Between rows, a vector reads what it needs not.
+            assert (times[:, one.shape[-1] :] <= times.max()).all(), (order, name)
+            expected_times = count
             if name not in read:  # for every score that it is added to
-                one = given[name]
-                expected_times = expected_times.reshape(-1, one.shape[0], *shape[1:]).sum(0)
+                expected_times = count.reshape(-1, one.shape[0], *shape[1:]).sum(0)
                 alone = tuple(axis for axis in range(1, 4) if one.shape[axis] == 1)
                 expected_times = expected_times.sum(alone, keepdims=True)
-            assert (times == expected_times.reshape(-1)).all(), (order, name)
+            found = times[:, : one.shape[-1]].reshape(one.shape)
+            assert (found == expected_times).all(), (order, name)
         for name in ("P", "dS", "G", "aS"):
             if SOFTMAX_NAMES[name] in written:
-                check(name, tensors.result(SOFTMAX_NAMES[name]))
+                check(name, tensors.result(SOFTMAX_NAMES[name], length, pitch))
 
     execute("forward", ("products",), ("P",), 3)
     log_sums = tensors.result("log_sums").view(shape[:3]).double()
@@ -417,26 +449,34 @@ def check_softmax(kernels: Kernels, scores: Scores) -> None:
 @pytest.mark.parametrize(
     "scores",
     [
-        Scores("bfloat16", 197),
-        Scores("bfloat16", 49, "full", grid=2),
+        Scores("bfloat16", 197, scale=1.0),
+        Scores("bfloat16", 49, "full", scale=1.0),
         Scores("float16", 64, "masked", without="G"),
         Scores("float32", 2060, "keys", grid=3),
+        Scores("float32", 197, "full", padded_bias=False),
         Scores("float64", 50, "full", shift=1, without="t_products u dS"),
+        Scores("bfloat16", 49, "full", grid=2, padded=False),
         *(
-            slow(Scores(dtype, length, bias, shift, grid, without))
+            slow(Scores(dtype, length, bias, shift, grid, without, padded, padded_bias))
             for dtype in DTYPES
-            for length, bias, shift, grid, without in (
-                (1, "", 0, 0, ""),
-                (49, "masked", 0, 2, "P dp"),
-                (64, "full", 0, 0, "t_bias"),
-                (64, "keys", 1, 0, ""),
-                (197, "full", 0, 5, "u"),
-                (197, "queries", 0, 0, "aS"),
-                (200, "full", 0, 0, "G dS"),
-                (768, "keys", 0, 0, "t_products"),
-                (768, "", 1, 7, ""),
-                (2050, "masked", 0, 3, ""),
-                (4104, "full", 0, 0, ""),
+            for length, bias, shift, grid, without, padded, padded_bias in (
+                (1, "", 0, 0, "", True, True),
+                (7, "full", 0, 0, "", True, True),
+                (49, "masked", 0, 0, "P dp", True, True),
+                (49, "keys", 0, 0, "", True, False),
+                (49, "masked", 0, 2, "P dp", False, False),
+                (64, "full", 0, 0, "t_bias", True, True),
+                (64, "keys", 1, 0, "", True, True),
+                (100, "full", 0, 0, "u", True, False),
+                (197, "full", 0, 5, "u", False, False),
+                (197, "queries", 0, 0, "aS", True, True),
+                (200, "full", 0, 0, "G dS", True, True),
+                (257, "masked", 0, 0, "t_products", True, True),
+                (577, "full", 0, 4, "dp", True, True),
+                (768, "keys", 0, 0, "t_products", True, True),
+                (768, "", 1, 7, "", True, True),
+                (2050, "masked", 0, 3, "", False, False),
+                (4101, "full", 0, 0, "", True, True),
             )
         ),
     ],
@@ -446,14 +486,35 @@ def test_softmax(scores, softmax):
     check_softmax(softmax, scores)
 
 
+def test_scores_beyond_two_to_the_31_elements(softmax):
+    length, pitch, base, rows = 197, 200, 3 << 22, 11  # the first of 2.5 · 10⁹ elements
+    shape = (1, 1, base + rows, length)
+    given = in_rows(torch.randn(rows, length).to(torch.bfloat16), pitch)
+    memory, start = Memory(), base * pitch * 2
+    at = {
+        "products": memory.put(raw(memory_of(given)), first=start),
+        "probabilities": memory.reserve(2 * rows * pitch, first=start),
+        "log_sums": memory.reserve(4 * rows, first=4 * base),
+    }
+    launch = SoftmaxRows("bfloat16", shape, pitch=pitch).launch("forward", at)
+    (groups, _), (_, together) = launch.grid, launch.block
+    blocks = [base // together, groups - 1]  # the last one is not full
+    assert blocks[1] == blocks[0] + 1
+    arguments = [bytes(one) for one in launch.arguments]
+    kernel = softmax[launch.kernel]
+    run(kernel, memory, arguments, (groups,), launch.block, blocks=blocks)
+    p = tensor_of(memory, at["probabilities"], torch.bfloat16).view(rows, pitch)[:, :length]
+    truth = torch.softmax(given.double(), -1)
+    assert (memory.writes(at["probabilities"]) == 1).all()
+    assert (memory.writes(at["log_sums"]) == 1).all()
+    assert ((p.double() - truth).abs() <= 2 * ulp(truth, torch.bfloat16)).all()
+
+
 def test_every_kernel_over_rows_is_there(layer_norm, softmax):
     dtypes, orders = cuda_launches.SIZES, ("forward", "backward", "double_backward")
-    sizes = {dtype: 4 if dtype == "float64" else 8 for dtype in dtypes}
+    parts = (0, 4, 8, 16, 32)
     assert softmax.keys() == {
-        (order, dtype, template)
-        for order in orders
-        for dtype in dtypes
-        for template in ((2, 1), (sizes[dtype], 0), (sizes[dtype], 1))
+        (order, dtype, (part,)) for order in orders for dtype in dtypes for part in parts
     }
     kinds = (0, 1, 2)
     assert layer_norm.keys() == {

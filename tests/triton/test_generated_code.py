@@ -88,10 +88,10 @@ def test_kernels_keep_to_their_registers_and_use_the_widest_accesses():
     for row in baseline():
         assert row["spills"] == "0", row
         loads, stores = (row[key].split("/") for key in ("load_bits", "store_bits"))
-        if row["family"] == "softmax":  # rows of 197 and of 49, which are not aligned
-            assert stores[-1] == loads[-1] == str(8 * SIZES[row["dtype"]]), row
-        else:
-            assert loads[0] == "128", row
+        assert loads[0] == "128", row
+        if row["family"] == "softmax":  # beside the scores there is a wide number a row
+            assert stores[0] == "128", row
+            assert {*loads, *stores} <= {"128", str(max(32, 8 * SIZES[row["dtype"]]))}, row
         if row["family"] == "activation":
             assert loads == stores == ["128"], row
         if row["family"] == "layer_norm" and not row["kernel"].startswith("column_sums"):
