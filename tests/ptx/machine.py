@@ -7,10 +7,11 @@
     memory.get(y, np.float32)
 
 Each thread has a place in the code. The threads that are furthest back run next, together, so that
-those which took different branches meet again where these end. What a GPU leaves undefined or
-answers with garbage raises instead: an access outside of every buffer (they lie far apart) or not
-aligned to its size, a read of what was never written, two threads at one byte of shared memory
-without a barrier between, a barrier that some threads never reach.
+those which took different branches meet again where these end; at a shuffle they wait for their
+warp. What a GPU leaves undefined or answers with garbage raises instead: an access outside of every
+buffer (they lie far apart) or not aligned to its size, a read of what was never written, two
+threads at one byte of shared memory without a barrier between, a barrier that some threads never
+reach.
 
 Arithmetic is that of IEEE 754: fma rounds once (in float64 within a millionth of an ulp of that).
 The approximations (ex2, rcp, rsqrt, sqrt, lg2) are computed exactly and rounded, times a relative
@@ -571,10 +572,7 @@ class _Machine:
                 if not ready.any():
                     self.release()
                     continue
-                at = int(self.at[ready].min())
-                if at >= len(code):
-                    raise UnsupportedError(f"{self.kernel.name}: the code ends without ret")
-                mask = ready & (self.at == at)
+                at, mask = self.furthest_back(ready)
                 self.at[mask] = at + 1
                 one = code[at]
                 if one.predicate is not None:
@@ -584,6 +582,21 @@ class _Machine:
                         continue
                 self.instructions += int(mask.sum())
                 self.step(at, one, mask)
+
+    def furthest_back(self, ready: np.ndarray) -> tuple[int, np.ndarray]:
+        """Where they are, and which; to a shuffle a warp goes when all of it is there."""
+        while ready.any():
+            at = int(self.at[ready].min())
+            if at >= len(self.kernel.code):
+                raise UnsupportedError(f"{self.kernel.name}: the code ends without ret")
+            here = ready & (self.at == at)
+            if self.kernel.code[at].parts[0] != "shfl":
+                return at, here
+            whole = (here | self.done).reshape(-1, _WARP).all(1)
+            if (here & whole.repeat(_WARP)).any():
+                return at, here & whole.repeat(_WARP)
+            ready = ready & ~here
+        raise DeadlockError(f"{self.kernel.name}: a shuffle is waited for, and a barrier")
 
     def release(self) -> None:
         blocks = self.waiting.reshape(-1, self.threads)

@@ -129,6 +129,26 @@ def test_threads_diverge_and_meet_again():
     np.testing.assert_array_equal(memory.get(result, np.uint32), sums[np.arange(64) ^ 1])
 
 
+def test_a_shuffle_waits_for_threads_that_are_elsewhere():
+    start, loop = LOOP.split("$L__loop:\n")
+    loop, out = loop.split("$L__out:\n")
+    code = f"{start} bra.uni $L__loop;\n$L__out:\n{out}$L__loop:\n{loop}"  # those behind run first
+    memory = Memory()
+    result = memory.reserve(4 * 64)
+    run(kernel(code), memory, [0, result], (1,), 64)
+    sums = np.arange(64) * (np.arange(64) + 1) // 2
+    np.testing.assert_array_equal(memory.get(result, np.uint32), sums[np.arange(64) ^ 1])
+
+
+def test_a_shuffle_and_a_barrier_wait_for_each_other():
+    code = LOOP.replace(
+        "    shfl.sync", "    setp.eq.u32 %p1, %r0, 3;\n    @%p1 bar.sync 0;\n    shfl.sync"
+    )
+    memory = Memory()
+    with pytest.raises(DeadlockError, match="a shuffle is waited for, and a barrier"):
+        run(kernel(code), memory, [0, memory.reserve(4 * 64)], (1,), 64)
+
+
 # A sum over 128 threads: in each warp by shuffles, then over the warps through shared memory.
 SUM = """
     .shared .align 4 .b8 part[16];
