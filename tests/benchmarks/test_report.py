@@ -41,14 +41,26 @@ def test_the_page_marks_names_and_confesses(results):
     assert page == report.render(results)
 
 
-@pytest.mark.parametrize(("alone_ms", "words"), [(1.05, "kernel itself"), (1.9, "No reason")])
-def test_the_reason_is_measured_too(results, alone_ms, words):
+@pytest.mark.parametrize(
+    ("alone_ms", "call_ms", "words"),
+    [
+        (1.05, 0.1, "kernel itself"),
+        (1.9, 0.1, "No reason"),
+        (1.9, 0.7, "Less the time of a call"),
+        (1.9, None, "No reason"),
+    ],
+)
+def test_the_reason_is_measured_too(results, alone_ms, call_ms, words):
     rows = common.read("operations", results)
     for row in [row for row in rows if row["provider"] == "gn_kernels"]:
         row["dimensions"] = "8×384"
         times = {"median_ms": alone_ms, "p20_ms": 0.9 * alone_ms, "p80_ms": 1.1 * alone_ms}
         rows.append(row | {"provider": "gn_kernels, no autograd"} | times)
-    common.write("operations", [row | {"dimensions": "8×384"} for row in rows], results)
+    rows = [row | {"dimensions": "8×384"} for row in rows]
+    if call_ms is not None:
+        small = [row for row in rows if row["provider"] == "gn_kernels, no autograd"]
+        rows += [row | {"dimensions": "1×64", "median_ms": call_ms} for row in small]
+    common.write("operations", rows, results)
     page = report.render(results)
     assert words in page.split("and why:")[1].split("Without a figure")[0]
     assert "gn_kernels, no autograd takes" not in page
