@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _DTYPES = tuple(SIZES)  # in the order of csrc/types.h
 ROWS_OF_WARPS = 4
+LAYER_NORM_ELEMENTS = 8  # of each tensor that a thread holds
 _LEAST_PART, _THREADS_OF_PARTS = 4, 128  # of scores: threads of a row, and of a block
 _WARP, _VECTOR_BYTES = 32, 16
 _MAX_GRID = 16 * 132 * 16
 _LAYER_NORM_THREADS, _SOFTMAX_THREADS = 512, 256  # of a row, at most
-_LAYER_NORM_ELEMENTS = 8
 _WALKERS = 4  # blocks for each multiprocessor
 _COLUMN_THREADS, _ROW_THREADS = 8, 32  # of column_sums
 
@@ -229,7 +229,7 @@ class LayerNorm(NamedTuple):
         size = SIZES[self.dtype]
         threads = _LAYER_NORM_THREADS // (2 if size == 8 else 1)
         return tiling_of(
-            self.length, _LAYER_NORM_ELEMENTS, _VECTOR_BYTES // size, is_aligned, threads
+            self.length, LAYER_NORM_ELEMENTS, _VECTOR_BYTES // size, is_aligned, threads
         )
 
 

@@ -112,7 +112,7 @@ def struct(precision: Precision) -> str:
     real = precision.real
     half_ln2 = mp.log(2) / 2
     interval = nodes(-half_ln2, half_ln2)
-    if precision.exp == 4:
+    if precision.exp == 4:  # its error is far above what rounded coefficients add
         p, _, exp_error = fit(mp.exp, lambda r: mp.exp(-r), interval, (precision.exp, 0))
     else:  # 1 + r is exact: the rounding of its coefficients would show
         q, _, exp_error = fit(

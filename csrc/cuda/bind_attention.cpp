@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "../tensors.h"
+#include "indices.h"
 #include "torch.h"
 
 namespace gn_kernels::cuda {
@@ -13,15 +14,16 @@ using MaybeTensor = std::optional<Tensor>;
 
 // Of scores (batch, heads, n, m): the other tensors are like them. They are contiguous, or begin
 // each row at the next multiple of 16 bytes; then what lies between two rows belongs to nobody.
-class Scores : public Call {
+class ScoreTensors : public Call {
  public:
-  Scores(const Tensor& products, const MaybeTensor& bias, double scale, const Tensor& log_sums)
+  ScoreTensors(const Tensor& products, const MaybeTensor& bias, double scale,
+               const Tensor& log_sums)
       : Call(products), products(products) {
     STD_TORCH_CHECK(products.dim() == 4, "gn_kernels: products must be (batch, heads, N, M)");
     const std::int64_t m = products.size(3);
     STD_TORCH_CHECK(m > 0, "gn_kernels: a row of scores must not be empty");
     const Dtype dtype = dtype_of(products);
-    const std::int64_t lanes = 16 / size_of(dtype);
+    const std::int64_t lanes = kVectorBytes / size_of(dtype);
     const std::int64_t pitch = products.is_contiguous() ? m : (m + lanes - 1) / lanes * lanes;
     shape = {dtype,
              products.numel() / m,
@@ -75,14 +77,14 @@ class Scores : public Call {
 
 void forward(const Tensor& products, const MaybeTensor& bias, double scale,
              const Tensor& probabilities, const Tensor& log_sums) {
-  const Scores scores(products, bias, scale, log_sums);
+  const ScoreTensors scores(products, bias, scale, log_sums);
   check(softmax_forward(scores.shape, products.data_ptr(), scores.bias(bias),
                         scores.memory(probabilities), log_sums.data_ptr(), scores.stream));
 }
 
 void backward(const Tensor& products, const MaybeTensor& bias, double scale, const Tensor& log_sums,
               const MaybeTensor& dp, const MaybeTensor& probabilities, const MaybeTensor& ds) {
-  const Scores scores(products, bias, scale, log_sums);
+  const ScoreTensors scores(products, bias, scale, log_sums);
   check(softmax_backward(scores.shape, products.data_ptr(), scores.bias(bias), log_sums.data_ptr(),
                          scores.memory(dp), scores.memory(probabilities), scores.memory(ds),
                          scores.stream));
@@ -93,7 +95,7 @@ void double_backward(const Tensor& products, const MaybeTensor& bias, double sca
                      const MaybeTensor& t_bias, const MaybeTensor& u,
                      const MaybeTensor& probabilities, const MaybeTensor& g, const MaybeTensor& ds,
                      const MaybeTensor& as) {
-  const Scores scores(products, bias, scale, log_sums);
+  const ScoreTensors scores(products, bias, scale, log_sums);
   check(softmax_double_backward(scores.shape, products.data_ptr(), scores.bias(bias),
                                 log_sums.data_ptr(), scores.memory(dp), scores.memory(t_products),
                                 scores.bias(t_bias), scores.memory(u), scores.memory(probabilities),

@@ -12,7 +12,6 @@ namespace gn_kernels::cuda {
 constexpr int kVectorBytes = 16;  // the widest access that a thread can make
 
 // --- n elements in blocks of `size`, for the kernels that treat each element by itself
-// ------------
 
 // More programs than this one after the other: 16 times what 132 multiprocessors hold at once, so
 // that a last wave which fills them in part is at most a sixteenth of the time.
@@ -47,7 +46,6 @@ GN_INLINE int start_of_vector(int thread, int vector, int threads, int lanes) {
 }
 
 // --- Rows of n elements, for the kernels that sum over them
-// ---------------------------------------
 
 // Of each tensor a thread holds as many elements of a row at a time. A row that is longer than all
 // its threads hold takes several turns, called chunks.
@@ -105,7 +103,6 @@ GN_INLINE std::int64_t rows_of_grid(const RowTiling& t, unsigned grid) {
 GN_INLINE std::int64_t start_of_row(const RowTiling& t, std::int64_t row) { return row * t.n; }
 
 // --- Rows of scores, for softmax
-// ------------------------------------------------------------------
 
 // Rows that threads of one warp can hold share it with others: of four threads or more, as few as
 // hold a row. Then a row has more than half of what they hold, so that the first half of each

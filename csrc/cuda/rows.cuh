@@ -15,19 +15,13 @@ struct Parameter {
 
 // A tiling as kernels for one kind of rows see it: that what is always so is a constant spares them
 // all other code.
-enum Kind { kAnyRow, kVectorsOfWarp, kVectorsOfBlock };  // rows of one chunk, read in vectors
+enum RowKind { kAnyRow, kVectorsOfWarp, kVectorsOfBlock };  // rows of one chunk, read in vectors
 
 template <int kind>
 __device__ __forceinline__ RowTiling of_kind(RowTiling t) {
   if (kind != kAnyRow) t.chunks = 1, t.vectors = true;
   if (kind == kVectorsOfWarp) t.threads = kWarp, t.together = kRowsOfWarps;
   if (kind == kVectorsOfBlock) t.together = 1;
-  return t;
-}
-
-template <bool one_warp>
-__device__ __forceinline__ RowTiling in_a_warp(RowTiling t) {
-  if (one_warp) t.chunks = 1, t.threads = kWarp;
   return t;
 }
 
@@ -227,17 +221,24 @@ struct Greater {  // NaN if either is
   }
 };
 
-// Replaces each value by what `join` makes of all threads of the row, in an order that depends on
-// their number alone. Every thread gets the same bits.
+// Replaces each value by what `join` makes of `threads` neighbours in a warp, all of which get the
+// same bits.
 template <class Join, class R, int count>
-__device__ __forceinline__ void reduce(R (&values)[count], int thread, int threads, Join join) {
+__device__ __forceinline__ void reduce_in_warp(R (&values)[count], int threads, Join join) {
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+  for (int distance = threads / 2; distance > 0; distance /= 2) {
 #pragma unroll
     for (int k = 0; k < count; ++k) {
       values[k] = join(values[k], __shfl_xor_sync(0xffffffffu, values[k], distance));
     }
   }
+}
+
+// Replaces each value by what `join` makes of all threads of the row, in an order that depends on
+// their number alone. Every thread gets the same bits.
+template <class Join, class R, int count>
+__device__ __forceinline__ void reduce(R (&values)[count], int thread, int threads, Join join) {
+  reduce_in_warp(values, kWarp, join);
   if (threads == kWarp) return;  // then other rows may be at another place
   __shared__ R of_warps[count][kMaxRowThreads / kWarp];
   if (thread % kWarp == 0) {
@@ -253,11 +254,6 @@ __device__ __forceinline__ void reduce(R (&values)[count], int thread, int threa
     }
   }
   __syncthreads();  // of_warps is free again
-}
-
-template <class R, int count>
-__device__ __forceinline__ void sum(R (&values)[count], int thread, int threads) {
-  reduce(values, thread, threads, Add());
 }
 
 // Of several sums, each step over the warp hands over half of what is left: of two values a lane

@@ -175,9 +175,7 @@ class Row {
             words[k] = (words[k] & bits) | (word_of<T>(beyond, k) & ~bits);
           }
         }
-        constexpr int step = sizeof(T) == 8 ? 2 : 1, of_word = sizeof(T) == 2 ? 2 : 1;
-#pragma unroll
-        for (int k = 0; k < 4 / step; ++k) unpack(words + k * step, tensor, to + e + k * of_word);
+        unpack_vector(make_uint4(words[0], words[1], words[2], words[3]), tensor, to + e);
       } else {
         to[e] = beyond == Beyond::Zero || rest > 0 ? R(0) : -R(INFINITY);
         if (exists && rest > 0) to[e] = widen(tensor[start + first + offset]);
@@ -207,13 +205,7 @@ __device__ __forceinline__ void reduce_row(R (&values)[count], const RowTiling& 
   if constexpr (part == 0) {
     reduce(values, int(threadIdx.x), t.threads, join);
   } else {
-#pragma unroll
-    for (int distance = part / 2; distance > 0; distance /= 2) {
-#pragma unroll
-      for (int k = 0; k < count; ++k) {
-        values[k] = join(values[k], __shfl_xor_sync(0xffffffffu, values[k], distance));
-      }
-    }
+    reduce_in_warp(values, part, join);
   }
 }
 

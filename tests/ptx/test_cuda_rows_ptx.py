@@ -147,7 +147,7 @@ def check_layer_norm(kernels: Kernels, rows: Rows) -> None:
     tensors = Tensors({name: getattr(case, name) for name in inputs}, rows.shift)
     names = {torch.float32: "float32", torch.float64: "float64"} | {DTYPES[rows.dtype]: rows.dtype}
     call = LayerNorm(rows.dtype, names[of_parameters], rows.rows, rows.length, processors=1)
-    size, elements = rows.rows * rows.length, 8
+    size, elements = rows.rows * rows.length, cuda_launches.LAYER_NORM_ELEMENTS
     results: dict[str, Tensor] = {}
 
     def execute(order: str, read: Sequence[str], written: dict[str, str], sums: dict[str, str]):

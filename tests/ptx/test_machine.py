@@ -121,23 +121,23 @@ $L__out:
 """
 
 
-def test_threads_diverge_and_meet_again():
-    memory = Memory()
-    result = memory.reserve(4 * 64)
-    run(kernel(LOOP), memory, [0, result], (1,), 64)
-    sums = np.arange(64) * (np.arange(64) + 1) // 2
-    np.testing.assert_array_equal(memory.get(result, np.uint32), sums[np.arange(64) ^ 1])
-
-
-def test_a_shuffle_waits_for_threads_that_are_elsewhere():
-    start, loop = LOOP.split("$L__loop:\n")
-    loop, out = loop.split("$L__out:\n")
-    code = f"{start} bra.uni $L__loop;\n$L__out:\n{out}$L__loop:\n{loop}"  # those behind run first
+def check_that_threads_meet(code: str) -> None:
     memory = Memory()
     result = memory.reserve(4 * 64)
     run(kernel(code), memory, [0, result], (1,), 64)
     sums = np.arange(64) * (np.arange(64) + 1) // 2
     np.testing.assert_array_equal(memory.get(result, np.uint32), sums[np.arange(64) ^ 1])
+
+
+def test_threads_diverge_and_meet_again():
+    check_that_threads_meet(LOOP)
+
+
+def test_a_shuffle_waits_for_threads_that_are_elsewhere():
+    start, loop = LOOP.split("$L__loop:\n")
+    loop, out = loop.split("$L__out:\n")
+    # Those behind run first.
+    check_that_threads_meet(f"{start} bra.uni $L__loop;\n$L__out:\n{out}$L__loop:\n{loop}")
 
 
 def test_a_shuffle_and_a_barrier_wait_for_each_other():
