@@ -19,6 +19,11 @@ from tests.attention.plain import (
     three_orders,
 )
 
+try:
+    from gn_kernels.attention.triton_kernels import tiling as TILING
+except ImportError:  # no Triton
+    TILING = None
+
 # Relative to the root mean square of each result. A sum of n products carries some √n roundings,
 # and the second order is a chain of six such sums, so that 30 roundings are expected at N = 197;
 # plain attention itself is at 4 to 12 roundings.
@@ -97,6 +102,26 @@ def test_a_bias_that_shifts_whole_rows_has_no_gradient(bias_shape, backend):
 @pytest.mark.parametrize("bias_shape", [(HEADS, 70, 150), (BATCH, 1, 70, 150)])
 def test_bias_over_several_blocks(bias_shape, backend):
     check(backend, [one.float().double() for one in make_inputs(70, 150, 32, bias_shape)])
+
+
+@pytest.mark.parametrize("hip", [None, "6.4"])
+@pytest.mark.parametrize("bias_shape", [None, (HEADS, 50, 70)])
+@pytest.mark.parametrize("size", [24, pytest.param(80, marks=pytest.mark.slow)])
+def test_blocks_as_gpus_have_them(size, bias_shape, hip, monkeypatch):
+    # In place of those of conftest.py: what 16 bits take, of an NVIDIA and of an AMD GPU.
+    triton_kernels = pytest.importorskip("gn_kernels.attention.triton_kernels")
+    chosen = set()
+
+    def tiling(kernel, size, dtype, biased, precision):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.version, "hip", hip)
+            found = TILING(kernel, size, torch.bfloat16, biased, precision)
+        chosen.add(found)
+        return found
+
+    monkeypatch.setattr(triton_kernels, "tiling", tiling)
+    check("triton", [one.float().double() for one in make_inputs(50, 70, size, bias_shape)])
+    assert len(chosen) > 1
 
 
 def test_windows_with_a_bias_that_repeats(backend):
