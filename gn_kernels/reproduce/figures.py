@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 # Drawn in this colour, and then replaced by the page's own.
@@ -39,19 +40,8 @@ def dots(
     most: float | None,
 ) -> Figure:
     """Panels of named rows, a dot for each value, a bar for their mean, from 0 to ``most``."""
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
-
-    style: Any = {
-        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), _TEXT),
-        **dict.fromkeys(("xtick.color", "ytick.color"), _TEXT),
-        "svg.fonttype": "none",
-        "svg.hashsalt": "gn_kernels",
-        "font.size": 10,
-    }
-    with matplotlib.rc_context(style):
-        height = 0.3 * max(len(rows) for _, rows in panels) + 1.1
-        canvas = Canvas(figsize=(2.8 * len(panels), height), layout="constrained")
+    most_rows = max(len(rows) for _, rows in panels)
+    with _drawing(2.8 * len(panels), 0.3 * most_rows + 1.1) as (canvas, file):
         axes = canvas.subplots(1, len(panels), squeeze=False, sharex=True)[0]
         for axis, (heading, rows) in zip(axes, panels, strict=True):
             for position, (_, values) in enumerate(rows):
@@ -59,14 +49,56 @@ def dots(
                 axis.barh(position, mean, height=0.55, color=_DOT, alpha=0.3)
                 axis.plot(values, [position] * len(values), "o", color=_DOT, markersize=4)
             axis.set_yticks(range(len(rows)), [label for label, _ in rows])
-            axis.set_ylim(max(len(rows) for _, rows in panels) - 0.5, -0.5)
+            axis.set_ylim(most_rows - 0.5, -0.5)
             axis.set_xlim(0, most)
             axis.set_title(heading, fontsize=10)
             axis.set_xlabel(unit)
-            axis.patch.set_alpha(0)
-            for side in ("top", "right"):
-                axis.spines[side].set_visible(False)
-        file = io.StringIO()
+    return Figure(name, title, _svg(file))
+
+
+def trade_off(
+    name: str,
+    title: str,
+    groups: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+    units: tuple[str, str],
+) -> Figure:
+    """Named groups of points in a plane: a dot for each, a ring with the name at their mean."""
+    with _drawing(6.0, 4.0) as (canvas, file):
+        axis = canvas.subplots()
+        for label, points in groups:
+            xs, ys = zip(*points, strict=True)
+            mean = (sum(xs) / len(xs), sum(ys) / len(ys))
+            axis.plot(xs, ys, "o", color=_DOT, alpha=0.4, markersize=4)
+            axis.plot(*mean, "o", color=_DOT, markersize=8, fillstyle="none")
+            axis.annotate(label, mean, (7, 4), textcoords="offset points")
+        axis.margins(0.15)
+        axis.set_xlabel(units[0])
+        axis.set_ylabel(units[1])
+    return Figure(name, title, _svg(file))
+
+
+@contextlib.contextmanager
+def _drawing(width: float, height: float) -> Iterator[tuple[Any, io.StringIO]]:
+    """A canvas of so many inches, and the file that it is written to at the end."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    style: Any = {
+        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), _TEXT),
+        **dict.fromkeys(("xtick.color", "ytick.color"), _TEXT),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+        "axes.facecolor": "none",
+        "svg.fonttype": "none",
+        "svg.hashsalt": "gn_kernels",
+        "font.size": 10,
+    }
+    file = io.StringIO()
+    with matplotlib.rc_context(style):
+        canvas = Canvas(figsize=(width, height), layout="constrained")
+        yield canvas, file
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+
+
+def _svg(file: io.StringIO) -> str:
     svg = file.getvalue().replace(_TEXT, "currentColor")
-    return Figure(name, title, svg[svg.index("<svg") :])
+    return svg[svg.index("<svg") :]

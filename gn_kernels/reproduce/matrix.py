@@ -31,6 +31,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "gradnorm": {"method": "gradnorm"},
     "edge": {"method": "edge"},
 }
+# The same with other weights of the two terms, which add up to 2 as in the authors' own sweep.
+SWEEP: dict[str, dict[str, Any]] = {
+    f"gradnorm-{penalty:g}": {**METHODS["gradnorm"], "weight_ce": ce, "weight_gradnorm": penalty}
+    for ce, penalty in ((1.2, 0.8), (0.4, 1.6), (0.2, 1.8))
+}
 # eps is the field's custom: 8/255 for small grey images, 4/255 for photographs, as in the paper.
 DATASETS: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"image_size": 28, "patch_size": 7, "eps_255": 8.0},
@@ -58,6 +63,7 @@ _ROWS: tuple[_Row, ...] = (
     ("fashion-mnist", "resnet", "gelu", ("natural", "edge", "fgsm")),
     ("patches", "resnet", "gelu", ("natural", "edge", "fgsm")),
     *((data, "resnet", act, ("natural",)) for data in DATASETS for act in ("relu", "silu")),
+    ("patches", "vit", "gelu", tuple(SWEEP)),
 )
 
 
@@ -104,7 +110,7 @@ class Run:
     """One training and what is measured of it.
 
     Attributes:
-        method: of ``METHODS``, the report's name of it.
+        method: of ``METHODS`` or ``SWEEP``, the report's name of it.
         settings: of the training.
         attacks: of AutoAttack, on ``attacked_images``.
         test_images, attacked_images: as in :class:`Budget`.
@@ -138,6 +144,7 @@ class Run:
 # Of a step of the ViT on one core, measured once on an AVX-512 machine; the share of images that
 # stand most of an attack; the number of patches of twelve photographs.
 _STEP_S = {"natural": 0.05, "fgsm": 0.1, "pgd-3": 0.18, "gradnorm": 0.11, "edge": 0.12}
+_STEP_S |= dict.fromkeys(SWEEP, _STEP_S["gradnorm"])
 _STANDING = {"natural": 0.3, "edge": 0.5}
 _PATCHES = 4_800
 
@@ -188,10 +195,7 @@ def _run(
         ramp_per_epoch=1 / (_RAMP * epochs),
         train_images=budget.train_images[dataset],
         validate=validate,
-        **_RECIPE,
-        **DATASETS[dataset],
-        **MODELS[model],
-        **METHODS[method],
+        **(_RECIPE | DATASETS[dataset] | MODELS[model] | {**METHODS, **SWEEP}[method]),
     )
     headline = (dataset, model, activation) == _HEADLINE[:3] and method in _HEADLINE[3]
     attacks = ("autoattack",) if headline and budget.standard else ("autoattack-quick",)

@@ -3,13 +3,14 @@
 import dataclasses
 
 from gn_kernels.reproduce import FULL, QUICK, matrix
+from gn_kernels.reproduce.matrix import METHODS
 
 RUNS = matrix()
 NAMES = [run.name for run in RUNS]
 
 
 def test_every_claim_has_its_runs_once_and_the_most_important_come_first():
-    assert len(set(NAMES)) == len(NAMES) == 96
+    assert len(set(NAMES)) == len(NAMES) == 105
     assert set(NAMES[:6]) == {
         f"fashion-mnist-vit-gelu-{method}-{seed}"
         for method in ("gradnorm", "pgd-3")
@@ -28,6 +29,7 @@ def test_every_claim_has_its_runs_once_and_the_most_important_come_first():
             for act in ("relu", "silu")
             for method in ("natural", "pgd-3", "gradnorm")
         ),
+        *(f"patches-vit-gelu-gradnorm-{weight}" for weight in (0.8, 1.6, 1.8)),
     }
     assert set(NAMES) == {f"{name}-{seed}" for name in expected for seed in range(3)}
     # After the headline seed by seed, so that an unfinished matrix has all claims.
@@ -40,9 +42,18 @@ def test_runs_differ_in_what_their_name_says_and_nothing_else():
         own = {"dataset", "image_size", "patch_size", "eps_255", "train_images", "epochs"}
         own |= {"warmup_epochs", "ramp_per_epoch", "model", "embed_dim", "depth", "num_heads"}
         own |= {"activation", "method", "pgd_steps", "seed"}
+        if run.method not in METHODS:
+            own |= {"weight_ce", "weight_gradnorm"}
         return {k: v for k, v in dataclasses.asdict(run.settings).items() if k not in own}
 
-    assert all(recipe(run) == recipe(RUNS[0]) for run in RUNS)
+    assert all(recipe(run).items() <= recipe(RUNS[0]).items() for run in RUNS)
+    for run in RUNS:
+        weights = run.settings.weight_ce, run.settings.weight_gradnorm
+        assert sum(weights) == 2
+        if run.method not in METHODS:
+            assert run.name.startswith(f"patches-vit-gelu-gradnorm-{weights[1]}-")
+        else:
+            assert weights == (0.8, 1.2)
     by_data = {}
     for run in RUNS:
         settings = run.settings

@@ -21,7 +21,12 @@ ACCURACY = {
     "patches-vit-gelu-pgd-3": (0.5, 0.5, 0.5),
     "fashion-mnist-resnet-relu-gradnorm": (0.4, 0.4, 0.4),
     "patches-resnet-relu-gradnorm": (0.66, 0.69, 0.72),
+    "patches-vit-gelu-gradnorm-0.8": (0.30, 0.30, 0.30),
+    "patches-vit-gelu-gradnorm-1.6": (0.35, 0.35, 0.35),
+    "patches-vit-gelu-gradnorm-1.8": (0.20, 0.20, 0.20),
 }
+# Likewise, the clean accuracy; 0.8 elsewhere.
+CLEAN = {"patches-vit-gelu-gradnorm-1.6": (0.7, 0.6, 0.5)}
 
 
 def _result(run):
@@ -45,7 +50,7 @@ def _result(run):
             "images": 1000,
             "attack_steps": 20,
             "eps_255": run.settings.eps_255,
-            "clean_accuracy": 0.8,
+            "clean_accuracy": CLEAN.get(name, (0.8, 0.8, 0.8))[int(seed)],
             "robust_accuracy": accuracy + 0.01,
         },
         "autoattack": {
@@ -136,6 +141,9 @@ def test_claims(results, tmp_path):
     edge = "(d) edge's accuracy over PGD-3's; natural's over PGD-3's"
     assert claims[edge, "Fashion-MNIST, ViT, GELU"][2] == "reproduced"
     assert claims[edge, "Colour patches, ViT, GELU"][2].startswith("not reproduced: natural")
+    clean, attacked = (row for name, row in claims.items() if name[0].startswith("(f)"))
+    assert clean == ["79.9, 77.9, 70.6, 40.0", "80.0, 80.0, 60.0, 80.0", "not reproduced"]
+    assert attacked == ["46.2, 51.5, 51.2, 29.0", "30.0, 31.0, 35.0, 20.0", "in direction"]
     missed = text.split("**Not reproduced here:**")[1].splitlines()[0]
     assert "Colour patches, ViT, GELU): 0.62 (0.60 to 0.64), paper 0.92" in missed
     assert "Fashion-MNIST, ViT, GELU): 0.94" not in missed
@@ -145,7 +153,7 @@ def test_missing_results_are_counted_and_missing_claims_left_out(results, tmp_pa
     few = {name: results[name] for name in results if name.startswith("fashion-mnist-vit-gelu-gr")}
     markdown, _ = _written(tmp_path, few, list(results))
     text = markdown.read_text()
-    assert "from 3 of 97 results; **94 are missing**" in text
+    assert "from 3 of 106 results; **103 are missing**" in text
     assert not any(name.startswith(("(a)", "(c)", "(d)")) for name, _ in _claims(text))
 
 
@@ -160,13 +168,29 @@ def test_a_run_whose_robust_images_have_larger_gradients_counts_against_e(result
     assert claims[claim, "Fashion-MNIST, ViT, GELU"][1:] == ["15 of 15", "reproduced"]
 
 
+def test_the_weights_stand_beside_natural_and_adversarial_training(results, tmp_path):
+    markdown, _ = _written(tmp_path, results)
+    section = markdown.read_text().split("## Weights of the two terms")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:2] == "| "]
+    assert [row[0] for row in rows[2:]] == [
+        *("natural", "(1.2, 0.8)", "(0.8, 1.2)", "(0.4, 1.6)", "(0.2, 1.8)", "PGD-3")
+    ]
+    assert rows[5][1:] == [
+        *("60.0 % (50.0 % to 70.0 %)", "36.0 % (36.0 % to 36.0 %)"),
+        *("35.0 % (35.0 % to 35.0 %)", "10 (10 to 10)", "3"),
+    ]
+    labels = ElementTree.parse(tmp_path / "figures" / "weights.svg").iter()
+    texts = [label.text for label in labels if label.tag.endswith("}text")]
+    assert {row[0] for row in rows[2:]} <= set(texts)
+
+
 def test_the_page_has_the_tables_and_figures_that_take_the_page_s_colours(results, tmp_path):
     markdown, page = _written(tmp_path, results)
     text = page.read_text()
     tables = sum(line.startswith("| --- ") for line in markdown.read_text().splitlines())
     assert text.count("<table class=") == tables >= 6
     pieces = text.split("<svg")[1:]
-    assert len(pieces) == 3
+    assert len(pieces) == 4
     for piece in pieces:
         picture = "<svg" + piece.split("</svg>")[0] + "</svg>"
         ElementTree.fromstring(picture)
@@ -174,7 +198,7 @@ def test_the_page_has_the_tables_and_figures_that_take_the_page_s_colours(result
         assert "#010203" not in picture
         assert "<text" in picture
     files = sorted((tmp_path / "figures").iterdir())
-    assert [file.name for file in files] == ["cost-vit.svg", "fashion-mnist.svg", "patches.svg"]
+    assert [file.stem for file in files] == ["cost-vit", "fashion-mnist", "patches", "weights"]
     for file in files:
         assert f"](figures/{file.name})" in markdown.read_text()
         style = next(ElementTree.parse(file).iter("{http://www.w3.org/2000/svg}style"))
