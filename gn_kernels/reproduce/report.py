@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import json
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -208,9 +209,6 @@ def _sections(results: dict[str, Result], planned: Sequence[str], command: str) 
 def _preface(
     results: dict[str, Result], planned: Sequence[str], command: str
 ) -> list[str | Table | figures.Figure]:
-    one = next(iter(results.values()))
-    versions = ", ".join(f"{name} {value}" for name, value in one["versions"].items())
-    machine = ", ".join(f"{name}: {value}" for name, value in one["machine"].items())
     missing = len(planned) - len(results)
     parts: list[str | Table | figures.Figure] = [
         "Gradient-norm training of Rodríguez-Muñoz, Wang and Torralba (ECCV 2024, "
@@ -219,13 +217,30 @@ def _preface(
         "and directions.",
         f"Made by `{command}` from {len(results)} of {len(planned)} results"
         + (f"; **{missing} are missing**, and the figures are without them." if missing else "."),
-        f"Versions: {versions}. {machine}.",
+        *_places(results),
     ]
     if results and any(r["plan"]["test_images"] < 500 for r in results.values()):
         parts.append(
             "**This is a quick run: it shows that everything works, its figures mean nothing.**"
         )
     return parts
+
+
+def _places(results: dict[str, Result]) -> list[str]:
+    """Versions and machine of the results, which may have been computed on several."""
+    places: dict[str, list[str]] = {}
+    for name, result in results.items():
+        versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+        machine = ", ".join(f"{name}: {value}" for name, value in result["machine"].items())
+        places.setdefault(f"Versions: {versions}. {machine}.", []).append(name)
+    if len(places) == 1:
+        return list(places)
+    return [
+        f"{len(names)} results"
+        + (", the costs among them" if any(name.startswith("cost-") for name in names) else "")
+        + f". {place}"
+        for place, names in places.items()
+    ]
 
 
 _VERDICTS = (
@@ -728,6 +743,7 @@ div.table { overflow-x: auto }
 table { border-collapse: collapse; font-size: 0.9rem; margin: 1rem 0 }
 th, td { border: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left }
 table.numbers :is(th, td):not(:first-child) { text-align: right }
+table.numbers td span { white-space: nowrap }
 th { background: var(--soft) }
 code { background: var(--soft); padding: 0 0.2rem }
 svg { max-width: 100%; height: auto; display: block }
@@ -770,7 +786,7 @@ def _html_text(text: str) -> str:
 def _html_table(table: Table) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
     rows = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+        "<tr>" + "".join(f"<td>{_html_cell(cell)}</td>" for cell in row) + "</tr>"
         for row in table.rows
     )
     kind = "numbers" if table.numbers else "text"
@@ -778,3 +794,8 @@ def _html_table(table: Table) -> str:
         f'<div class="table"><table class="{kind}"><thead><tr>{head}</tr></thead>\n'
         f"<tbody>{rows}</tbody></table></div>"
     )
+
+
+def _html_cell(cell: str) -> str:
+    """Lines break between numbers, with their units, and what stands in brackets; not within."""
+    return re.sub(r"\([^)]*\)|\d[-\de.]*(?: %)?", r"<span>\g<0></span>", html.escape(cell))

@@ -157,6 +157,20 @@ def test_missing_results_are_counted_and_missing_claims_left_out(results, tmp_pa
     assert not any(name.startswith(("(a)", "(c)", "(d)")) for name, _ in _claims(text))
 
 
+def test_each_machine_is_named_with_what_was_computed_there(results, tmp_path):
+    (tmp_path / "one").mkdir()
+    markdown, _ = _written(tmp_path / "one", results)
+    assert "\nVersions: torch 2. cpu: one.\n" in markdown.read_text()
+    results = copy.deepcopy(results)
+    for name in ("fashion-mnist-vit-gelu-gradnorm-0", "fashion-mnist-vit-gelu-gradnorm-1"):
+        results[name]["machine"]["cpu"] = "another"
+    (tmp_path / "two").mkdir()
+    markdown, _ = _written(tmp_path / "two", results)
+    assert "\n2 results. Versions: torch 2. cpu: another.\n" in markdown.read_text()
+    rest = "\n104 results, the costs among them. Versions: torch 2. cpu: one.\n"
+    assert rest in markdown.read_text()
+
+
 def test_a_run_whose_robust_images_have_larger_gradients_counts_against_e(results, tmp_path):
     results = copy.deepcopy(results)
     gradients = results["patches-vit-gelu-edge-0"]["analyses"]["gradients"]
