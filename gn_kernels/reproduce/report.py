@@ -180,6 +180,13 @@ def _title(*names: str) -> str:
     return ", ".join(_TITLES[name] for name in names)
 
 
+def _method_title(method: str) -> str:
+    """With the weights (λ_CE, λ_GN) where they are not the recipe's own."""
+    if method not in SWEEP:
+        return _title(method)
+    return f"gradnorm at ({SWEEP[method]['weight_ce']}, {SWEEP[method]['weight_gradnorm']})"
+
+
 def _sections(results: dict[str, Result], planned: Sequence[str], command: str) -> list[Section]:
     runs = _Runs(results)
     costs = {name: result for name, result in results.items() if "steps" in result}
@@ -328,7 +335,7 @@ def _claim_cost(costs: dict[str, Result]) -> list[Row]:
 
 def _claim_smoothness(runs: _Runs) -> list[Row]:
     rows: list[Row] = []
-    for dataset in DATASETS:
+    for dataset, method in itertools.product(DATASETS, ("gradnorm", *SWEEP)):
 
         def gains(method: str, dataset: str = dataset) -> list[float]:
             pairs = runs.pairs(
@@ -338,7 +345,7 @@ def _claim_smoothness(runs: _Runs) -> list[Row]:
             )
             return [a - b for a, b in pairs]
 
-        penalised, attacked = gains("gradnorm"), gains("pgd-3")
+        penalised, attacked = gains(method), gains("pgd-3")
         if not penalised or not attacked:
             continue
         further = min(a - b for a, b in zip(penalised, attacked, strict=False)) > 0
@@ -347,7 +354,7 @@ def _claim_smoothness(runs: _Runs) -> list[Row]:
             verdict = "reproduced"
         rows.append(
             (
-                "(c) GELU's accuracy minus ReLU's, points: gradnorm; PGD-3",
+                f"(c) GELU's accuracy minus ReLU's, points: {_method_title(method)}; PGD-3",
                 _title(dataset, "resnet"),
                 f"{PAPER_GRADNORM_SMOOTHNESS:+.1f}; {PAPER_PGD_SMOOTHNESS:+.1f}",
                 f"{_spread(penalised, _points)}; {_spread(attacked, _points)}",
@@ -566,17 +573,19 @@ def _cost(costs: dict[str, Result]) -> list[Section]:
 def _smoothness(runs: _Runs) -> list[Section]:
     rows: list[Row] = []
     for dataset in DATASETS:
-        for method in ("gradnorm", "pgd-3"):
-            values = [
-                _spread(runs.values((dataset, "resnet", act, method), _quick_autoattack), _percent)
-                for act in ("relu", "gelu", "silu")
-            ]
-            rows.append((_title(dataset, method), *values))
-    header = ("ResNet", "ReLU", "GELU", "SiLU")
+        for method in ("gradnorm", *SWEEP, "pgd-3"):
+            keys = [(dataset, "resnet", act, method) for act in ("relu", "gelu", "silu")]
+            if method in SWEEP and not any(key in runs.by_key for key in keys):
+                continue
+            accuracies = [_spread(runs.values(key, _quick_autoattack), _percent) for key in keys]
+            norms = [_spread(runs.values(key, _gradients("mean_l1")), _three) for key in keys]
+            rows.append((f"{_title(dataset)}, {_method_title(method)}", *accuracies, *norms))
+    names = ("ReLU", "GELU", "SiLU")
+    header = ("ResNet", *names, *(f"mean ‖∇‖₁, {name}" for name in names))
     text = (
-        "Accuracy under APGD-CE and APGD-T. All three have the same recipe and differ in the "
-        "activation alone (and in the gain of the weights that belongs to it); the paper's ReLU "
-        "and GELU recipes differ in more."
+        "Accuracy under APGD-CE and APGD-T, and the input gradient's mean norm. All three have the "
+        "same recipe and differ in the activation alone (and in the gain of the weights that "
+        "belongs to it); the paper's ReLU and GELU recipes differ in more."
     )
     return [Section("Smoothness of the activation", [text, Table(header, rows)])]
 

@@ -19,9 +19,9 @@ def _list(capsys, *options):
 
 def test_names_and_patterns(capsys):
     names = _list(capsys)
-    assert len(names) == 107
+    assert len(names) == 116
     assert names[0] == "cost-vit"
-    assert len(_list(capsys, "--quick")) == 37
+    assert len(_list(capsys, "--quick")) == 40
     assert _list(capsys, "--only", "patches-vit-gelu-edge-?,cost-*") == [
         *("cost-vit", "cost-resnet"),
         *(f"patches-vit-gelu-edge-{seed}" for seed in range(3)),
@@ -42,7 +42,7 @@ def test_finished_runs_are_not_computed_again(tmp_path, capsys):
     for only in (job.name, "report"):
         assert cli.main([*options, only]) == 0
         assert "report.html" in capsys.readouterr().out
-        assert "from 1 of 37 results" in (tmp_path / "report.md").read_text()
+        assert "from 1 of 40 results" in (tmp_path / "report.md").read_text()
     # The full matrix has another plan under the same name.
     assert cli.main(["reproduce", "--output", str(tmp_path), "--only", job.name]) == 2
     assert "result of another plan" in capsys.readouterr().err

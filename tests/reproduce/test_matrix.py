@@ -10,7 +10,7 @@ NAMES = [run.name for run in RUNS]
 
 
 def test_every_claim_has_its_runs_once_and_the_most_important_come_first():
-    assert len(set(NAMES)) == len(NAMES) == 105
+    assert len(set(NAMES)) == len(NAMES) == 114
     assert set(NAMES[:6]) == {
         f"fashion-mnist-vit-gelu-{method}-{seed}"
         for method in ("gradnorm", "pgd-3")
@@ -30,6 +30,7 @@ def test_every_claim_has_its_runs_once_and_the_most_important_come_first():
             for method in ("natural", "pgd-3", "gradnorm")
         ),
         *(f"patches-vit-gelu-gradnorm-{weight}" for weight in (0.8, 1.6, 1.8)),
+        *(f"patches-resnet-{act}-gradnorm-1.6" for act in ("relu", "gelu", "silu")),
     }
     assert set(NAMES) == {f"{name}-{seed}" for name in expected for seed in range(3)}
     # After the headline seed by seed, so that an unfinished matrix has all claims.
@@ -51,7 +52,7 @@ def test_runs_differ_in_what_their_name_says_and_nothing_else():
         weights = run.settings.weight_ce, run.settings.weight_gradnorm
         assert sum(weights) == 2
         if run.method not in METHODS:
-            assert run.name.startswith(f"patches-vit-gelu-gradnorm-{weights[1]}-")
+            assert f"-gradnorm-{weights[1]}-" in run.name
         else:
             assert weights == (0.8, 1.2)
     by_data = {}

@@ -21,6 +21,7 @@ ACCURACY = {
     "patches-vit-gelu-pgd-3": (0.5, 0.5, 0.5),
     "fashion-mnist-resnet-relu-gradnorm": (0.4, 0.4, 0.4),
     "patches-resnet-relu-gradnorm": (0.66, 0.69, 0.72),
+    "patches-resnet-relu-gradnorm-1.6": (0.65, 0.65, 0.65),
     "patches-vit-gelu-gradnorm-0.8": (0.30, 0.30, 0.30),
     "patches-vit-gelu-gradnorm-1.6": (0.35, 0.35, 0.35),
     "patches-vit-gelu-gradnorm-1.8": (0.20, 0.20, 0.20),
@@ -138,6 +139,11 @@ def test_claims(results, tmp_path):
         *("+30.0 (+30.0 to +30.0); +0.0 (+0.0 to +0.0)", "reproduced")
     ]
     assert claims[smooth, "Colour patches, ResNet"][2] == "not reproduced"
+    smooth = "(c) GELU's accuracy minus ReLU's, points: gradnorm at (0.4, 1.6); PGD-3"
+    assert claims[smooth, "Colour patches, ResNet"][1:] == [
+        *("+5.0 (+5.0 to +5.0); +0.0 (+0.0 to +0.0)", "in direction")
+    ]
+    assert (smooth, "Fashion-MNIST, ResNet") not in claims
     edge = "(d) edge's accuracy over PGD-3's; natural's over PGD-3's"
     assert claims[edge, "Fashion-MNIST, ViT, GELU"][2] == "reproduced"
     assert claims[edge, "Colour patches, ViT, GELU"][2].startswith("not reproduced: natural")
@@ -153,7 +159,7 @@ def test_missing_results_are_counted_and_missing_claims_left_out(results, tmp_pa
     few = {name: results[name] for name in results if name.startswith("fashion-mnist-vit-gelu-gr")}
     markdown, _ = _written(tmp_path, few, list(results))
     text = markdown.read_text()
-    assert "from 3 of 106 results; **103 are missing**" in text
+    assert "from 3 of 115 results; **112 are missing**" in text
     assert not any(name.startswith(("(a)", "(c)", "(d)")) for name, _ in _claims(text))
 
 
@@ -167,7 +173,7 @@ def test_each_machine_is_named_with_what_was_computed_there(results, tmp_path):
     (tmp_path / "two").mkdir()
     markdown, _ = _written(tmp_path / "two", results)
     assert "\n2 results. Versions: torch 2. cpu: another.\n" in markdown.read_text()
-    rest = "\n104 results, the costs among them. Versions: torch 2. cpu: one.\n"
+    rest = "\n113 results, the costs among them. Versions: torch 2. cpu: one.\n"
     assert rest in markdown.read_text()
 
 
