@@ -135,12 +135,12 @@ def test_three_orders(bias_shape):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "m"), [(5, 49), (5, 8), (1, 7), (5, 1), (1, 1)])
-def test_products_lie_in_padded_rows_without_a_copy(monkeypatch, n, m, dtype):
+def test_products_lie_in_padded_rows_without_a_copy(n, m, dtype):
     (q, k, _, _), (aq, *_), _ = tensors(None, n, m)
     q, k, aq = (one.to(dtype) for one in (q, k, aq))
     # oneDNN, which CPUs with instructions for bf16 take for it, copies what is not contiguous.
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    with torch.profiler.profile() as profile, warnings.catch_warnings():
+    blas = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None, fp32_precision=None)
+    with blas, torch.profiler.profile() as profile, warnings.catch_warnings():
         warnings.simplefilter("error")
         scores = native_cuda._scores(q, k, 0.5)
         between = scores._base[..., m:].fill_(math.nan)
