@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 # Drawn in this colour, and then replaced by the page's own.
 _TEXT = "#010203"
@@ -41,7 +43,8 @@ def dots(
 ) -> Figure:
     """Panels of named rows, a dot for each value, a bar for their mean, from 0 to ``most``."""
     most_rows = max(len(rows) for _, rows in panels)
-    with _drawing(2.8 * len(panels), 0.3 * most_rows + 1.1) as (canvas, file):
+
+    def draw(canvas: Canvas) -> None:
         axes = canvas.subplots(1, len(panels), squeeze=False, sharex=True)[0]
         for axis, (heading, rows) in zip(axes, panels, strict=True):
             for position, (_, values) in enumerate(rows):
@@ -53,7 +56,8 @@ def dots(
             axis.set_xlim(0, most)
             axis.set_title(heading, fontsize=10)
             axis.set_xlabel(unit)
-    return Figure(name, title, _svg(file))
+
+    return Figure(name, title, _svg(2.8 * len(panels), 0.3 * most_rows + 1.1, draw))
 
 
 def trade_off(
@@ -63,7 +67,8 @@ def trade_off(
     units: tuple[str, str],
 ) -> Figure:
     """Named groups of points in a plane: a dot for each, a ring with the name at their mean."""
-    with _drawing(6.0, 4.0) as (canvas, file):
+
+    def draw(canvas: Canvas) -> None:
         axis = canvas.subplots()
         for label, points in groups:
             xs, ys = zip(*points, strict=True)
@@ -74,12 +79,12 @@ def trade_off(
         axis.margins(0.15)
         axis.set_xlabel(units[0])
         axis.set_ylabel(units[1])
-    return Figure(name, title, _svg(file))
+
+    return Figure(name, title, _svg(6.0, 4.0, draw))
 
 
-@contextlib.contextmanager
-def _drawing(width: float, height: float) -> Iterator[tuple[Any, io.StringIO]]:
-    """A canvas of so many inches, and the file that it is written to at the end."""
+def _svg(width: float, height: float, draw: Callable[[Canvas], None]) -> str:
+    """What ``draw`` puts on a canvas of so many inches."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
@@ -95,10 +100,7 @@ def _drawing(width: float, height: float) -> Iterator[tuple[Any, io.StringIO]]:
     file = io.StringIO()
     with matplotlib.rc_context(style):
         canvas = Canvas(figsize=(width, height), layout="constrained")
-        yield canvas, file
+        draw(canvas)
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-
-
-def _svg(file: io.StringIO) -> str:
     svg = file.getvalue().replace(_TEXT, "currentColor")
     return svg[svg.index("<svg") :]

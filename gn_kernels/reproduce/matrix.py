@@ -64,7 +64,7 @@ _ROWS: tuple[_Row, ...] = (
     ("patches", "resnet", "gelu", ("natural", "edge", "fgsm")),
     *((data, "resnet", act, ("natural",)) for data in DATASETS for act in ("relu", "silu")),
     ("patches", "vit", "gelu", tuple(SWEEP)),
-    # On patches (0.8, 1.2) leaves the activations level: here the penalty is hard to fit.
+    # On patches (0.8, 1.2) leaves the activations level: does a heavier penalty, too?
     *(("patches", "resnet", act, ("gradnorm-1.6",)) for act in ("gelu", "relu", "silu")),
 )
 

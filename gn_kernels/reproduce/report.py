@@ -488,9 +488,7 @@ def _accuracy(runs: _Runs) -> list[Section]:
                 rows.append(
                     (
                         _title(model, activation, method),
-                        _spread(runs.values(key, _clean), _percent),
-                        _spread(runs.values(key, _pgd), _percent),
-                        _spread(attacked, _percent),
+                        *_accuracy_cells(runs, key),
                         _spread(standard, _percent) if four else "–",
                         str(len(attacked)),
                     )
@@ -503,9 +501,7 @@ def _accuracy(runs: _Runs) -> list[Section]:
             )
             header = (
                 "model and method",
-                f"clean, {one['pgd']['images']} images",
-                f"PGD-{one['pgd']['attack_steps']}, the same",
-                f"APGD-CE and APGD-T, {one['autoattack']['images']} images",
+                *_accuracy_header(one),
                 "AutoAttack standard, the same",
                 "seeds",
             )
@@ -520,6 +516,19 @@ def _accuracy(runs: _Runs) -> list[Section]:
             heading = f"{_TITLES[dataset]}, ε = {eps:g}/255"
             sections.append(Section(heading, [Table(header, rows), figure]))
     return sections
+
+
+def _accuracy_header(one: Result) -> Row:
+    return (
+        f"clean, {one['pgd']['images']} images",
+        f"PGD-{one['pgd']['attack_steps']}, the same",
+        f"APGD-CE and APGD-T, {one['autoattack']['images']} images",
+    )
+
+
+def _accuracy_cells(runs: _Runs, key: Key) -> Row:
+    figures_of = (_clean, _pgd, _quick_autoattack)
+    return tuple(_spread(runs.values(key, figure), _percent) for figure in figures_of)
 
 
 def _kinds(runs: _Runs, dataset: str) -> list[tuple[str, str]]:
@@ -646,30 +655,15 @@ def _weights(runs: _Runs) -> list[Section]:
         key = (*_SWEPT, method)
         if key not in runs.by_key:
             continue
-        settings = next(iter(runs.by_key[key].values()))["plan"]["settings"]
-        name = _TITLES.get(method, method)
-        if method in PAPER_SWEEP:
-            name = f"({settings['weight_ce']:g}, {settings['weight_gradnorm']:g})"
+        one = next(iter(runs.by_key[key].values()))
+        settings = one["plan"]["settings"]
+        weights = f"({settings['weight_ce']:g}, {settings['weight_gradnorm']:g})"
+        name = weights if method in PAPER_SWEEP else _title(method)
         clean, attacked = runs.values(key, _clean), runs.values(key, _quick_autoattack)
-        rows.append(
-            (
-                name,
-                _spread(clean, _percent),
-                _spread(runs.values(key, _pgd), _percent),
-                _spread(attacked, _percent),
-                _spread(runs.values(key, _gradients("mean_l1")), _three),
-                str(len(clean)),
-            )
-        )
+        norms = _spread(runs.values(key, _gradients("mean_l1")), _three)
+        rows.append((name, *_accuracy_cells(runs, key), norms, str(len(clean))))
         groups.append((name, [(100 * a, 100 * b) for a, b in zip(clean, attacked, strict=True)]))
-    header = (
-        "weights (λ_CE, λ_GN)",
-        "clean",
-        "PGD-20",
-        "APGD-CE and APGD-T",
-        "mean ‖∇‖₁",
-        "seeds",
-    )
+    header = ("weights (λ_CE, λ_GN)", *_accuracy_header(one), "mean ‖∇‖₁", "seeds")
     text = (
         f"{_title(*_SWEPT)}: the two weights add up to 2, all else is the same. The authors' own "
         "sweep starts from a model that was trained with the penalty; these start from nothing."
@@ -752,7 +746,7 @@ div.table { overflow-x: auto }
 table { border-collapse: collapse; font-size: 0.9rem; margin: 1rem 0 }
 th, td { border: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left }
 table.numbers :is(th, td):not(:first-child) { text-align: right }
-table.numbers td span { white-space: nowrap }
+td span { white-space: nowrap }
 th { background: var(--soft) }
 code { background: var(--soft); padding: 0 0.2rem }
 svg { max-width: 100%; height: auto; display: block }

@@ -42,12 +42,10 @@ def test_runs_differ_in_what_their_name_says_and_nothing_else():
     def recipe(run):
         own = {"dataset", "image_size", "patch_size", "eps_255", "train_images", "epochs"}
         own |= {"warmup_epochs", "ramp_per_epoch", "model", "embed_dim", "depth", "num_heads"}
-        own |= {"activation", "method", "pgd_steps", "seed"}
-        if run.method not in METHODS:
-            own |= {"weight_ce", "weight_gradnorm"}
+        own |= {"activation", "method", "pgd_steps", "seed", "weight_ce", "weight_gradnorm"}
         return {k: v for k, v in dataclasses.asdict(run.settings).items() if k not in own}
 
-    assert all(recipe(run).items() <= recipe(RUNS[0]).items() for run in RUNS)
+    assert all(recipe(run) == recipe(RUNS[0]) for run in RUNS)
     for run in RUNS:
         weights = run.settings.weight_ce, run.settings.weight_gradnorm
         assert sum(weights) == 2
