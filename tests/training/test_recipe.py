@@ -10,9 +10,10 @@ from torch import nn
 from gn_kernels.training import METHODS, InputError, Settings, recipe
 
 
-def test_gradnorm_of_a_linear_model_is_eps_times_the_l1_norm_of_the_gradient():
+@pytest.mark.parametrize("weights", [{}, {"weight_ce": 0.4, "weight_gradnorm": 1.6}])
+def test_gradnorm_of_a_linear_model_is_eps_times_the_l1_norm_of_the_gradient(weights):
     # Two classes, logits (w·x, 0): the gradient of ln(1 + exp(-w·x)) is -σ(-w·x)·w by hand.
-    settings = Settings(label_smoothing=0.0, eps_255=8.0)
+    settings = Settings(label_smoothing=0.0, eps_255=8.0, **weights)
     torch.manual_seed(0)
     images, weight = torch.rand(5, 1, 2, 2, dtype=torch.float64), torch.randn(4).double()
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False)).double()
@@ -28,7 +29,8 @@ def test_gradnorm_of_a_linear_model_is_eps_times_the_l1_norm_of_the_gradient():
     torch.testing.assert_close(losses.cross_entropy, entropy)
     torch.testing.assert_close(losses.penalty, penalty)
     # At the end of epoch 2 the ramp is at 0.4.
-    torch.testing.assert_close(losses.total.detach(), 0.8 * entropy + 1.2 * 0.4 * penalty)
+    ce, gradnorm = weights.values() or (0.8, 1.2)
+    torch.testing.assert_close(losses.total.detach(), ce * entropy + gradnorm * 0.4 * penalty)
 
 
 def test_natural_is_the_cross_entropy_alone():
