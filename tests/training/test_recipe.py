@@ -1,6 +1,7 @@
 """Methods and schedules against closed forms."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -31,6 +32,59 @@ def test_gradnorm_of_a_linear_model_is_eps_times_the_l1_norm_of_the_gradient(wei
     # At the end of epoch 2 the ramp is at 0.4.
     ce, gradnorm = weights.values() or (0.8, 1.2)
     torch.testing.assert_close(losses.total.detach(), ce * entropy + gradnorm * 0.4 * penalty)
+
+
+def _linear_and_its_inputs():
+    """Logits (w·x, 0), 192 pixels at ½, and what the model is given, as it comes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight[1] = 0
+    points = []
+    model.register_forward_pre_hook(lambda module, inputs: points.append(inputs[0].detach()))
+    return model, torch.full((2, 3, 8, 8), 0.5), points
+
+
+@pytest.mark.parametrize(
+    ("options", "radius", "length"),
+    [
+        ({"pgd_steps": 1}, 8.0, 10.0),
+        ({"pgd_steps": 4}, 8.0, 4.0),
+        ({"pgd_steps": 3, "attack_eps_255": 6.0}, 6.0, 4.0),
+        ({"pgd_steps": 3, "pgd_step_255": 1.0}, 8.0, 1.0),
+    ],
+)
+def test_the_attack_starts_in_the_ball_and_takes_steps_of_its_length(options, radius, length):
+    settings = Settings(eps_255=8.0, pgd_warmup_epochs=0, **options)
+    model, images, points = _linear_and_its_inputs()
+    METHODS["adversarial"](model, images, torch.tensor([0, 0]), 0.0, settings)
+    assert len(points) == options["pgd_steps"] + 1
+    assert 0.9 * radius / 255 < (points[0] - images).abs().max() < radius / 255 + 1e-6
+    uphill = -model[1].weight[0].sign().reshape(3, 8, 8)  # of class 0's cross-entropy
+    for before, after in itertools.pairwise(points):
+        step = (before + length / 255 * uphill - images).clamp(-radius / 255, radius / 255)
+        torch.testing.assert_close(after, images + step, rtol=0, atol=1e-6)
+
+
+def test_gradnorms_random_start_is_uniform_in_its_ball():
+    model, images, points = _linear_and_its_inputs()
+    settings = Settings(eps_255=8.0, random_start_255=4.0)
+    METHODS["gradnorm"](model, images, torch.tensor([0, 1]), 1.0, settings)
+    moved = 255 / 4 * (points[0] - images)
+    assert 0.9 < moved.abs().max() < 1 + 1e-4
+    assert moved.mean().abs() < 0.1
+    assert moved.abs().mean() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("most", "factor"), [(19.0, 2.0 + 3 * 0.5), (3.0, 3.0)])
+def test_edges_weight_grows_by_whole_epochs_to_its_limit(most, factor):
+    settings = Settings(edge_weight=2.0, edge_weight_per_epoch=0.5, edge_weight_max=most)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.GELU(), nn.Linear(8, 3)).double()
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    losses = METHODS["edge"](model, images, torch.tensor([0, 2]), 3.7, settings)
+    expected = losses.cross_entropy + factor * losses.penalty
+    torch.testing.assert_close(losses.total.detach(), expected)
 
 
 def test_natural_is_the_cross_entropy_alone():
